@@ -1,0 +1,49 @@
+//! The `smc` command: run programs under libsmc, and look at what their connections do.
+//!
+//! `run` prepares an environment and is gone; the others read what running programs publish
+//! ([`smc::stats`]) and change nothing.
+
+mod check;
+mod elf;
+mod library;
+mod output;
+mod probe;
+mod run;
+mod ss;
+mod stats;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(name = "smc", version, about = "TCP connections over shared memory, for programs as they are")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a program under libsmc
+    Run(Box<run::Options>),
+    /// Show the connections of programs that run under libsmc
+    Ss(ss::Options),
+    /// Show sums for each process: connections, bytes, reasons for staying on TCP
+    Stats(stats::Options),
+    /// Say what this machine can do, and what to do about the rest
+    Check,
+    /// One end of the connection that `check` tries
+    #[command(name = "__probe", hide = true)]
+    Probe(probe::Options),
+}
+
+fn main() -> ExitCode {
+    match Arguments::parse().command {
+        Command::Run(options) => run::run(&options),
+        Command::Ss(options) => ss::run(&options),
+        Command::Stats(options) => stats::run(&options),
+        Command::Check => check::run(),
+        Command::Probe(options) => probe::run(&options),
+    }
+}

@@ -1,0 +1,452 @@
+//! A relay: a small process that goes on with a connection for a program that does not see the ring.
+//!
+//! What lies unread in a ring can be moved into the TCP stream by its sender only. If the sender has ended, or makes
+//! no call, the program that gets the connection (by exec, say) would find nothing there. So it gets the end of
+//! another connection, made for it, and between the two stands a child of ours that copies:
+//!
+//! ```text
+//! peer ══ ring, then TCP ══ relay ── TCP, of this host ── the program, under the number that it knows
+//! ```
+//!
+//! The relay is one more holder of the connection, as any forked child is, and uses it by the very hooks that the
+//! program used; so whatever the peer does is served as ever. It begins when the exec has succeeded, which the kernel
+//! tells: the parent has a lock on a file that only an exec (or its end, or [`Relay::go`]) lets go of. A lock of
+//! fcntl(2) is the process's own: a child that another thread forks meanwhile does not keep it. Before that the relay
+//! touches nothing, so an exec that fails is undone by [`Relay::undo`] and nobody has seen anything. Likewise for a
+//! connection that is passed by SCM_RIGHTS: the relay begins when the sender has closed its own ([`Relay::inherits`]).
+//!
+//! It has a session and a parent of its own (it is forked twice), no descriptors but those it needs, and ends with the
+//! connection: the end of the stream goes each way by shutdown(2), and a reset by SO_LINGER.
+//!
+//! The connection to the program has the host's addresses as the peer's connection has them, but other ports.
+
+use super::{data, direct, process, ready, sockets};
+use crate::fd_table::{self, Ref};
+use crate::hook::errno;
+use engine::fd::Fd;
+use engine::handshake::unix;
+use engine::{internal_fds, rawcall, sys};
+use libc::{c_int, c_void, pollfd};
+
+/// Bytes copied at a time, each way.
+const COPY: usize = 64 << 10;
+
+/// A relay that waits for its word, and what has been replaced for it.
+#[derive(Debug)]
+pub struct Relay {
+    pub e: Ref,
+    /// The numbers that name its end now, and their descriptor flags.
+    numbers: Vec<(c_int, c_int)>,
+    /// The connection itself.
+    saved: Fd,
+    /// The file with the lock: empty, or not to be gone on.
+    word: Fd,
+    /// Of the fork.
+    token: u32,
+}
+
+impl Relay {
+    /// Makes a relay for the connection `e`, which is `fd`; the program's end. `None`: there is none to be had (a
+    /// sandbox, a limit), and nothing has changed.
+    #[cold]
+    pub fn new(e: &Ref, fd: c_int) -> Option<(Relay, Fd)> {
+        // The first child in a pid namespace that has been made for children would be its init.
+        let home = sys::pid_namespace();
+        if direct::sandboxed()
+            || !process::is_owner()
+            || home == 0
+            || home != sys::pid_namespace_of_children()
+        {
+            return None;
+        }
+        let (end, own) = pair(fd)?;
+        let word = word()?;
+        let saved = high(sys::dup_high(fd))?;
+        let token = spawn(e, &own, &saved, &word)?;
+        Some((Relay { e: e.clone(), numbers: Vec::new(), saved, word, token }, end))
+    }
+
+    /// As above, and `numbers`, which name the connection, name the program's end.
+    pub fn in_place(e: &Ref, numbers: &[c_int]) -> Option<Relay> {
+        let (mut r, end) = Relay::new(e, *numbers.first()?)?;
+        for n in numbers {
+            // SAFETY: no pointers.
+            let flags = unsafe { rawcall!(libc::SYS_fcntl, *n, libc::F_GETFD) }.unwrap_or(0) as c_int;
+            if !over(&end, *n, flags) {
+                r.undo();
+                return None;
+            }
+            r.numbers.push((*n, flags));
+        }
+        Some(r)
+    }
+
+    /// The numbers name the connection again, in this process.
+    pub fn put_back(&mut self) {
+        for (n, flags) in self.numbers.drain(..) {
+            over(&self.saved, n, flags);
+        }
+    }
+
+    /// The program does not come to be: the relay goes, and the numbers name the connection again.
+    pub fn undo(&mut self) {
+        // SAFETY: one readable byte.
+        let _ = unsafe { rawcall!(libc::SYS_pwrite64, self.word.raw(), c"x".as_ptr(), 1usize, 0usize) };
+        self.e.sock.takes_no_part(self.token);
+        self.put_back();
+    }
+
+    /// The program has its end, and this process goes on without it: the relay begins.
+    pub fn go(mut self) {
+        self.put_back();
+    }
+
+    /// The relay begins when this process has closed the connection, or has ended: until then what is unread is its.
+    pub fn inherits(self) {
+        let e = self.e.clone();
+        e.leave_to(self.word);
+    }
+}
+
+/// An owned descriptor from a result of ours.
+fn high(fd: c_int) -> Option<Fd> {
+    if fd < 0 {
+        return None;
+    }
+    internal_fds::add(fd);
+    Some(Fd::from_raw(fd))
+}
+
+/// dup3(2) over a number of the program's.
+fn over(from: &Fd, to: c_int, flags: c_int) -> bool {
+    let flags = if flags & libc::FD_CLOEXEC != 0 { libc::O_CLOEXEC } else { 0 };
+    // SAFETY: no pointers; what the number named is kept under another.
+    unsafe { rawcall!(libc::SYS_dup3, from.raw(), to, flags) }.is_ok()
+}
+
+/// fcntl(2) for a lock on all of a file.
+fn lock(fd: c_int, wait: bool) -> Result<usize, i32> {
+    // SAFETY: plain data; all zero is valid, and means the whole file.
+    let mut all: libc::flock = unsafe { std::mem::zeroed() };
+    all.l_type = libc::F_WRLCK as i16;
+    let how = if wait { libc::F_SETLKW } else { libc::F_SETLK };
+    // SAFETY: `all` lives over the call.
+    unsafe { rawcall!(libc::SYS_fcntl, fd, how, &raw mut all) }
+}
+
+/// The file whose lock, which is this process's now, keeps a relay waiting.
+fn word() -> Option<Fd> {
+    // SAFETY: a NUL-terminated constant.
+    let fd = unsafe { rawcall!(libc::SYS_memfd_create, c"smc-relay".as_ptr(), libc::MFD_CLOEXEC) }.ok()?;
+    // Raised before it is locked: closing any descriptor of the file lets go of the lock.
+    let fd = Fd::from_raw(fd as c_int).raise(sys::fd_base()).ok()?;
+    lock(fd.raw(), false).ok()?;
+    Some(fd)
+}
+
+/// A socket address as the kernel takes it: 16 or 28 bytes.
+fn address(family: u32, ip: [u32; 4], port: u16) -> ([u8; 28], usize) {
+    let mut b = [0u8; 28];
+    let (af, at, words) = if family == 4 { (libc::AF_INET, 4, 1) } else { (libc::AF_INET6, 8, 4) };
+    b[..2].copy_from_slice(&(af as u16).to_ne_bytes());
+    b[2..4].copy_from_slice(&port.to_be_bytes());
+    for (i, w) in ip.iter().take(words).enumerate() {
+        b[at + i * 4..at + i * 4 + 4].copy_from_slice(&w.to_ne_bytes());
+    }
+    (b, if family == 4 { 16 } else { 28 })
+}
+
+/// A TCP socket of ours, bound to that address of this host.
+fn bound(family: u32, ip: [u32; 4]) -> Option<Fd> {
+    let af = if family == 4 { libc::AF_INET } else { libc::AF_INET6 };
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: no pointers.
+    let fd = unsafe { rawcall!(libc::SYS_socket, af, kind, 0) }.ok()?;
+    let fd = Fd::from_raw(fd as c_int);
+    let (name, len) = address(family, ip, 0);
+    // SAFETY: `name` has `len` bytes.
+    unsafe { rawcall!(libc::SYS_bind, fd.raw(), name.as_ptr(), len) }.ok()?;
+    Some(fd)
+}
+
+/// Two ends of a connection: the program's, set as `fd` is, and the relay's.
+fn pair(fd: c_int) -> Option<(Fd, Fd)> {
+    let (family, here, _) = sys::sockaddr(fd, false)?;
+    let (_, there, _) = sys::sockaddr(fd, true)?;
+    let (end, own) = connected(family, here, there)?;
+    for (level, name, len) in [
+        (libc::SOL_SOCKET, libc::SO_KEEPALIVE, 4),
+        (libc::SOL_SOCKET, libc::SO_OOBINLINE, 4),
+        (libc::SOL_SOCKET, libc::SO_RCVLOWAT, 4),
+        (libc::SOL_SOCKET, libc::SO_LINGER, 8),
+        (libc::SOL_SOCKET, libc::SO_RCVTIMEO, 16),
+        (libc::SOL_SOCKET, libc::SO_SNDTIMEO, 16),
+        (libc::IPPROTO_TCP, libc::TCP_NODELAY, 4),
+    ] {
+        let mut v = [0u8; 16];
+        if sys::getsockopt(fd, level, name, &mut v[..len]) == Ok(len) {
+            let _ = sys::setsockopt(end.raw(), level, name, &v[..len]);
+        }
+    }
+    let _ = sys::setsockopt(own.raw(), libc::IPPROTO_TCP, libc::TCP_NODELAY, &1i32.to_ne_bytes());
+    // SAFETY: no pointers.
+    unsafe { rawcall!(libc::SYS_fcntl, end.raw(), libc::F_SETFL, sys::getfl(fd)) }.ok()?;
+    Some((end, own))
+}
+
+/// A connection from `here` to `there`, both of this host.
+fn connected(family: u32, here: [u32; 4], there: [u32; 4]) -> Option<(Fd, Fd)> {
+    let listener = bound(family, there)?;
+    // SAFETY: no pointers.
+    unsafe { rawcall!(libc::SYS_listen, listener.raw(), 8) }.ok()?;
+    let end = bound(family, here)?;
+    let (_, ip, port) = sys::sockaddr(listener.raw(), false)?;
+    let (name, len) = address(family, ip, port);
+    // SAFETY: `name` has `len` bytes.
+    match unsafe { rawcall!(libc::SYS_connect, end.raw(), name.as_ptr(), len) } {
+        Ok(_) | Err(libc::EINPROGRESS) => {}
+        Err(_) => return None,
+    }
+    // At once, on one host; unless a firewall is in the way.
+    let mut p = [pollfd { fd: end.raw(), events: libc::POLLOUT, revents: 0 }];
+    if sys::poll(&mut p, Some(1_000_000_000)) != 1 || p[0].revents != libc::POLLOUT {
+        return None;
+    }
+    let me = sys::sockaddr(end.raw(), false)?;
+    let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    loop {
+        // SAFETY: null pointers for what is not asked.
+        let fd = unsafe { rawcall!(libc::SYS_accept4, listener.raw(), 0, 0, flags) }.ok()?;
+        let own = Fd::from_raw(fd as c_int);
+        // Anybody may connect; a stranger is not let in.
+        if sys::sockaddr(own.raw(), true) == Some(me) {
+            return Some((end, own));
+        }
+    }
+}
+
+/// fork(2) as the kernel has it, of which libc knows nothing and nobody is signalled.
+///
+/// # Safety
+/// The child may use only what does not ask libc which process or thread it is, and must not return to the program.
+unsafe fn fork() -> Result<usize, i32> {
+    // SAFETY: without CLONE_VM the child has a copy of all memory, this stack with it.
+    unsafe { rawcall!(libc::SYS_clone, 0) }
+}
+
+/// Sets the thread's signal mask; the old one.
+fn mask(set: u64) -> u64 {
+    let mut old = 0u64;
+    let how = libc::SIG_SETMASK;
+    // SAFETY: two masks of 8 bytes.
+    let _ = unsafe { rawcall!(libc::SYS_rt_sigprocmask, how, &raw const set, &raw mut old, 8) };
+    old
+}
+
+fn end(status: c_int) -> ! {
+    loop {
+        // SAFETY: ends the process.
+        let _ = unsafe { rawcall!(libc::SYS_exit_group, status) };
+    }
+}
+
+/// Starts the relay, which waits; the token of its fork.
+fn spawn(e: &Ref, own: &Fd, saved: &Fd, word: &Fd) -> Option<u32> {
+    let token = engine::arena::token();
+    e.sock.before_fork(token);
+    // No handler of the program's runs in the child.
+    let before = mask(u64::MAX);
+    // SAFETY: this child forks and ends.
+    let child = unsafe { fork() };
+    if child == Ok(0) {
+        // SAFETY: the child calls hooks, which ask the kernel, and ends.
+        match unsafe { fork() } {
+            Ok(0) => run(e, token, own.raw(), saved.raw(), word.raw()),
+            r => end(r.is_err().into()),
+        }
+    }
+    let mut status = -1;
+    if let Ok(pid) = child {
+        // __WCLONE: a child that signals nobody is waited for by this only, so never by the program.
+        // SAFETY: `status` is writable.
+        let _ = unsafe { rawcall!(libc::SYS_wait4, pid, &raw mut status, libc::__WCLONE, 0) };
+    }
+    mask(before);
+    if status != 0 {
+        e.sock.fork_failed(token);
+    }
+    (status == 0).then_some(token)
+}
+
+/// Closes all descriptors but these.
+fn keep(mut fds: [c_int; 4]) {
+    fds.sort_unstable();
+    let close = |from: c_int, to: c_int| {
+        if from > to {
+            return;
+        }
+        // SAFETY: no pointers; all descriptors are copies that this process has no use for.
+        if unsafe { rawcall!(libc::SYS_close_range, from, to, 0) }.is_err() {
+            // Before Linux 5.9.
+            let end = i64::from(to).min(sys::fd_limit().min(1 << 20) as i64) as c_int;
+            (from..=end).for_each(|fd| _ = sys::close(fd));
+        }
+    };
+    let mut at = 0;
+    for fd in fds {
+        close(at, fd - 1);
+        at = fd + 1;
+    }
+    close(at, c_int::MAX);
+}
+
+/// The relay: `own` is its end of the program's connection, `sock` the connection `e`.
+fn run(e: &Ref, token: u32, own: c_int, sock: c_int, word: c_int) -> ! {
+    engine::section::forget_tid();
+    engine::lgr::after_fork_child();
+    engine::arena::after_fork_child();
+    super::signals::after_fork_child();
+    process::disown();
+    fd_table::only(e, sock);
+    internal_fds::remove(sock);
+    e.sock.takes_part(token);
+    keep([own, sock, word, e.sock.bell().unwrap_or(own)]);
+    // struct sigaction of the kernel: SIG_DFL, no flags.
+    let act = [0usize; 4];
+    for sig in 1..=64 {
+        // SAFETY: `act` is readable; no handler of the program's is left.
+        let _ = unsafe { rawcall!(libc::SYS_rt_sigaction, sig, act.as_ptr(), 0, 8) };
+    }
+    // SAFETY: constants, NUL-terminated where they are strings.
+    unsafe {
+        let _ = rawcall!(libc::SYS_setsid);
+        let _ = rawcall!(libc::SYS_chdir, c"/".as_ptr());
+        let _ = rawcall!(libc::SYS_prctl, libc::PR_SET_NAME, c"smc-relay".as_ptr());
+    }
+    mask(0);
+    while lock(word, true) == Err(libc::EINTR) {}
+    let mut b = [0u8; 1];
+    // SAFETY: one writable byte.
+    if unsafe { rawcall!(libc::SYS_pread64, word, b.as_mut_ptr(), 1usize, 0usize) } != Ok(0) {
+        end(0);
+    }
+    if let Some(fd) = copy(sock, own, &|| e.sock.is_alone()) {
+        // Not a socket that others have still open: the program is gone, and they go on.
+        if fd == own || e.sock.is_alone() {
+            reset(fd);
+        }
+    }
+    sys::close(own);
+    // SAFETY: no pointers. The last holder's close, as ever.
+    unsafe { sockets::close(sock) };
+    end(0)
+}
+
+/// One way.
+struct Way {
+    from: c_int,
+    to: c_int,
+    bytes: Vec<u8>,
+    at: usize,
+    end: usize,
+    /// The end of the stream has been read, and passed on.
+    ended: bool,
+    done: bool,
+}
+
+impl Way {
+    fn new(from: c_int, to: c_int) -> Way {
+        Way { from, to, bytes: vec![0; COPY], at: 0, end: 0, ended: false, done: false }
+    }
+
+    fn wants(&self) -> bool {
+        self.at == self.end && !self.ended
+    }
+
+    fn has(&self) -> bool {
+        self.at < self.end
+    }
+
+    /// Moves what can be moved at once. Fails with the socket to be closed, if the other one is broken or has been
+    /// closed and that `ends` it.
+    fn step(&mut self, ends: impl Fn() -> bool) -> Result<(), c_int> {
+        const NOW: c_int = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        let later = || matches!(errno(), libc::EAGAIN | libc::EINTR);
+        if self.wants() {
+            // SAFETY: our own buffer.
+            match unsafe { data::recv(self.from, self.bytes.as_mut_ptr().cast::<c_void>(), COPY, NOW) } {
+                // The end of the stream; or, as it may read after what was sent meanwhile has been refused, more.
+                0 if is_broken(self.from) => return Err(self.to),
+                0 => self.ended = true,
+                n if n > 0 => (self.at, self.end) = (0, n as usize),
+                _ if later() => {}
+                _ => return Err(self.to),
+            }
+        }
+        if self.has() {
+            let rest = &self.bytes[self.at..self.end];
+            // SAFETY: our own buffer.
+            match unsafe { data::send(self.to, rest.as_ptr().cast::<c_void>(), rest.len(), NOW) } {
+                n if n >= 0 => self.at += n as usize,
+                _ if later() => {}
+                _ => return Err(self.from),
+            }
+        }
+        if self.ended && !self.has() && !self.done {
+            self.done = true;
+            if ends() {
+                return Err(self.to);
+            }
+            // SAFETY: no pointers.
+            unsafe { sockets::shutdown(self.to, libc::SHUT_WR) };
+        }
+        Ok(())
+    }
+}
+
+/// Copies both ways, to the end of both streams. If the one or the other is broken, the socket to be reset.
+///
+/// A program that has closed its end is not to shut the connection of those who have it as well: without them (`alone`)
+/// both are the same.
+fn copy(sock: c_int, own: c_int, alone: &dyn Fn() -> bool) -> Option<c_int> {
+    let [mut inward, mut outward] = [Way::new(sock, own), Way::new(own, sock)];
+    while !(inward.done && outward.done) {
+        let entry = |fd: c_int| {
+            let bits = |on: bool, bit| if on { bit } else { 0 };
+            let events = [&inward, &outward].iter().fold(0, |e, w| {
+                e | bits(w.from == fd && w.wants(), libc::POLLIN) | bits(w.to == fd && w.has(), libc::POLLOUT)
+            });
+            // Who is not asked for anything is not looked at: its end is told when it is.
+            pollfd { fd: if events == 0 { -1 } else { fd }, events, revents: 0 }
+        };
+        let mut list = [entry(sock), entry(own)];
+        // SAFETY: our own list.
+        unsafe { ready::poll(list.as_mut_ptr(), 2, -1) };
+        let left = || !alone() && !is_held(own);
+        if let Err(fd) = inward.step(|| false).and_then(|()| outward.step(left)) {
+            return Some(fd);
+        }
+    }
+    None
+}
+
+/// Whether the program, or another, has the other end of `fd` still open, and has merely shut it down.
+fn is_held(fd: c_int) -> bool {
+    let ends = unix::peer_addr(fd).and_then(|there| Ok((there, unix::local_addr(fd)?)));
+    ends.and_then(|(there, here)| unix::tcp_is_held(there, here)).unwrap_or(false)
+}
+
+/// Whether the kernel has an error to tell.
+fn is_broken(fd: c_int) -> bool {
+    let mut p = [pollfd { fd, events: 0, revents: 0 }];
+    sys::poll(&mut p, Some(0)) > 0 && p[0].revents & libc::POLLERR != 0
+}
+
+/// The close that follows is to send RST.
+fn reset(fd: c_int) {
+    // struct linger { l_onoff = 1, l_linger = 0 }.
+    let mut l = [0u8; 8];
+    l[..4].copy_from_slice(&1i32.to_ne_bytes());
+    // SAFETY: `l` is readable.
+    unsafe { sockets::setsockopt(fd, libc::SOL_SOCKET, libc::SO_LINGER, l.as_ptr().cast(), 8) };
+}

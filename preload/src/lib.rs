@@ -1,0 +1,19 @@
+//! libsmc.so: the shim. It knows sockets and libc, no protocol; the engine knows the protocol, no libc.
+//!
+//! A hook is a few lines: look the fd up, handle or call libc's own, map the result. For an fd that is not
+//! ours that is one load and one branch. The shim prints nothing, starts no thread and opens no file unless
+//! asked to; it uses its own memory ([`alloc`]), never the program's malloc, so that a hook may run in a
+//! signal handler that interrupted malloc.
+
+#![cfg_attr(test, allow(dead_code, reason = "hooks are exported outside tests only"))]
+
+mod alloc;
+mod deep;
+mod fd_table;
+mod hook;
+mod hooks;
+mod real;
+
+#[cfg(not(test))]
+#[global_allocator]
+static ALLOC: alloc::Own = alloc::Own;

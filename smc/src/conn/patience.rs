@@ -1,0 +1,71 @@
+//! How long calls that are not to wait may wait for peers, all connections of the process together.
+//!
+//! A call that is not to wait may have to for what a correct peer does within a moment: TCP takes the last bytes of a
+//! ring before a close. A peer that means harm, or a thousand of them, would stop a program that way for each
+//! connection anew. So these waits draw on one account: it holds [`MOST`], and fills up again by one 64th of the
+//! time that goes by.
+
+use crate::sync::{AtomicU64, Ordering::Relaxed};
+use crate::sys;
+
+/// What a full account holds, in nanoseconds.
+const MOST: u64 = 6_000_000_000;
+/// Nanoseconds that go by until one that was spent is back.
+const PRICE: u64 = 64;
+/// Granted even where nothing is left.
+const LEAST: u64 = 1_000_000;
+
+/// When the account will be full again.
+static FULL_AT: AtomicU64 = AtomicU64::new(0);
+
+/// What may be spent at `now`, of `want`.
+fn granted(full_at: u64, now: u64, want: u64) -> u64 {
+    let left = MOST.saturating_sub(full_at.saturating_sub(now) / PRICE);
+    want.min(left.max(LEAST))
+}
+
+/// When an account that was full, or will be, at `full_at` is so after `ns` more were spent until `now`.
+fn after(full_at: u64, now: u64, ns: u64) -> u64 {
+    full_at.max(now).saturating_add(ns.saturating_mul(PRICE)).min(now.saturating_add(MOST * PRICE))
+}
+
+/// poll(2) for up to `ns`, as far as the account allows.
+pub(super) fn poll(list: &mut [libc::pollfd], ns: u64) -> isize {
+    let start = sys::now_ns();
+    // Relaxed, here and below: a sum that carries nothing else.
+    let r = sys::poll(list, Some(granted(FULL_AT.load(Relaxed), start, ns)));
+    let now = sys::now_ns();
+    let spent = now.saturating_sub(start);
+    let _ = FULL_AT.fetch_update(Relaxed, Relaxed, |at| Some(after(at, now, spent)));
+    r
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_waits_in_vain_cost_a_64th_of_the_time() {
+        const WANT: u64 = 5_000_000_000;
+        let (mut full_at, mut now, mut waited) = (0, 1u64 << 40, 0u64);
+        let start = now;
+        for _ in 0..10_000 {
+            let ns = granted(full_at, now, WANT);
+            assert!(ns >= LEAST);
+            now += ns;
+            waited += ns;
+            full_at = after(full_at, now, ns);
+            // The program does something else.
+            now += 1_000_000_000;
+        }
+        assert!(waited <= MOST + (now - start) / PRICE + 10_000 * LEAST, "{waited} of {}", now - start);
+    }
+
+    #[test]
+    fn who_has_not_waited_has_all_of_it() {
+        assert_eq!(granted(0, 5, MOST), MOST);
+        let full_at = after(0, 1000, MOST);
+        assert_eq!(granted(full_at, 1000, MOST), LEAST);
+        assert_eq!(granted(full_at, 1000 + MOST * PRICE, MOST), MOST);
+    }
+}

@@ -1,0 +1,178 @@
+//! What a process tells at its end (`SMC_STATS`) or along the way (`SMC_LOG`, `SMC_REQUIRE`).
+
+use crate::arena::Slot;
+use crate::config::config;
+use crate::conn::Totals;
+use crate::once::Once;
+use crate::reason::Reason;
+use crate::sync::{AtomicU64, Ordering::*};
+use std::fmt::Write;
+
+static PROGRAM: Once<Vec<u8>> = Once::new();
+
+/// This program's name, as in `/proc/self/comm` but whole.
+pub fn program() -> &'static [u8] {
+    PROGRAM.get_or_init(|| {
+        let path = crate::sys::exe_path();
+        let name = path.rsplit(|b| *b == b'/').next().unwrap_or(&[]);
+        name.to_vec()
+    })
+}
+
+const REASONS: usize = Reason::ALL.len();
+
+/// Sums over the connections that have ended in this process.
+#[derive(Debug)]
+pub struct Sums {
+    shm: AtomicU64,
+    tcp: AtomicU64,
+    fallback: [AtomicU64; REASONS],
+    bytes: [AtomicU64; 4],
+    polled: AtomicU64,
+    slept: AtomicU64,
+    doorbells: AtomicU64,
+    upgrades: AtomicU64,
+    downgrades: AtomicU64,
+}
+
+impl Sums {
+    /// All zero.
+    pub const fn new() -> Self {
+        Sums {
+            shm: AtomicU64::new(0),
+            tcp: AtomicU64::new(0),
+            fallback: [const { AtomicU64::new(0) }; REASONS],
+            bytes: [const { AtomicU64::new(0) }; 4],
+            polled: AtomicU64::new(0),
+            slept: AtomicU64::new(0),
+            doorbells: AtomicU64::new(0),
+            upgrades: AtomicU64::new(0),
+            downgrades: AtomicU64::new(0),
+        }
+    }
+
+    /// Adds a connection.
+    pub fn add(&self, t: &Totals) {
+        if t.best == 0 {
+            self.tcp.fetch_add(1, Relaxed);
+        } else {
+            self.shm.fetch_add(1, Relaxed);
+        }
+        if (t.best == 0 || t.downgrades > 0)
+            && let Ok(r) = Reason::try_from(t.reason)
+            && let Some(i) = Reason::ALL.iter().position(|x| *x == r)
+        {
+            self.fallback[i].fetch_add(1, Relaxed);
+        }
+        for (a, b) in self.bytes.iter().zip(t.bytes) {
+            a.fetch_add(b, Relaxed);
+        }
+        self.polled.fetch_add(t.polled, Relaxed);
+        self.slept.fetch_add(t.slept, Relaxed);
+        self.doorbells.fetch_add(t.doorbells, Relaxed);
+        self.upgrades.fetch_add(t.upgrades.into(), Relaxed);
+        self.downgrades.fetch_add(t.downgrades.into(), Relaxed);
+    }
+
+    /// Adds what another has.
+    pub fn merge(&self, o: &Sums) {
+        let pairs = [
+            (&self.shm, &o.shm),
+            (&self.tcp, &o.tcp),
+            (&self.polled, &o.polled),
+            (&self.slept, &o.slept),
+            (&self.doorbells, &o.doorbells),
+            (&self.upgrades, &o.upgrades),
+            (&self.downgrades, &o.downgrades),
+        ];
+        for (a, b) in pairs
+            .into_iter()
+            .chain(self.fallback.iter().zip(&o.fallback))
+            .chain(self.bytes.iter().zip(&o.bytes))
+        {
+            a.fetch_add(b.load(Relaxed), Relaxed);
+        }
+    }
+
+    /// Forgets everything: a forked child counts for itself.
+    pub fn clear(&self) {
+        let all = [
+            &self.shm,
+            &self.tcp,
+            &self.polled,
+            &self.slept,
+            &self.doorbells,
+            &self.upgrades,
+            &self.downgrades,
+        ];
+        for a in all.into_iter().chain(&self.fallback).chain(&self.bytes) {
+            a.store(0, Relaxed);
+        }
+    }
+
+    /// The JSON of `SMC_STATS`.
+    pub fn json(&self) -> String {
+        let mut s = String::with_capacity(512);
+        let g = |a: &AtomicU64| a.load(Relaxed);
+        let name: String = String::from_utf8_lossy(program())
+            .chars()
+            .filter(|c| !c.is_control() && *c != '"' && *c != '\\')
+            .collect();
+        let _ = write!(
+            s,
+            "{{\"pid\":{},\"program\":\"{}\",\"connections\":{{\"shm\":{},\"rdma\":0,\"tcp\":{}}},\"fallback\":{{",
+            crate::sys::getpid(),
+            name,
+            g(&self.shm),
+            g(&self.tcp)
+        );
+        let mut first = true;
+        for (r, n) in Reason::ALL.iter().zip(&self.fallback) {
+            if g(n) != 0 {
+                let _ = write!(s, "{}\"{}\":{}", if first { "" } else { "," }, r.name(), g(n));
+                first = false;
+            }
+        }
+        let b = &self.bytes;
+        let _ = writeln!(
+            s,
+            "}},\"bytes\":{{\"shm_tx\":{},\"shm_rx\":{},\"rdma_tx\":0,\"rdma_rx\":0,\"tcp_tx\":{},\"tcp_rx\":{}}},\
+             \"wakeups\":{{\"polled\":{},\"slept\":{},\"doorbells\":{}}},\"upgrades\":{},\"downgrades\":{}}}",
+            g(&b[0]),
+            g(&b[1]),
+            g(&b[2]),
+            g(&b[3]),
+            g(&self.polled),
+            g(&self.slept),
+            g(&self.doorbells),
+            g(&self.upgrades),
+            g(&self.downgrades)
+        );
+        s
+    }
+}
+
+impl Default for Sums {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A candidate stays on TCP, or went back.
+#[cold]
+pub fn log_fallback(s: &Slot, why: Reason) {
+    let c = config();
+    if !c.log && !c.require {
+        return;
+    }
+    let line = format!(
+        "libsmc: {}[{}]: port {} <-> {}: TCP ({}): {}\n",
+        String::from_utf8_lossy(program()),
+        crate::sys::getpid(),
+        s.local_port.load(Relaxed),
+        s.peer_port.load(Relaxed),
+        why.name(),
+        why.explain()
+    );
+    crate::sys::write_stderr(line.as_bytes());
+}

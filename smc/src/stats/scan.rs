@@ -1,0 +1,313 @@
+//! Finding the arenas of this host's processes and reading their slots.
+//!
+//! ```text
+//! /proc/PID/fd/N → "/memfd:smc-arena (deleted)"   opened read-only, told apart by inode
+//!   Header: magic, version, slot size, used       checked; another version is left out
+//!   slot 0 … used-1                               pread, 64 at a time; LIVE ones are decoded
+//! ```
+//!
+//! Another user's process could show us anything under that name: sizes are bounded here, and what is read
+//! is numbers only.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::mem::offset_of;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use super::page::{TOTALS_OFFSET, TOTALS_SIZE, TotalsPage};
+use super::{ConnectionInfo, Mode, ProcessInfo, Role, Totals};
+use crate::arena::{
+    HEADER_SIZE, Header, MAGIC, MEMFD_NAME, SLOT_SIZE, SLOTS, Slot, VERSION, rx_mode, slot_state, tx_mode,
+};
+use crate::mem::layout::LEFT;
+use crate::reason::Reason;
+
+/// Slots read at once.
+const BATCH: usize = 64;
+
+/// One arena, and the processes that hold it.
+#[derive(Debug)]
+struct Arena {
+    file: File,
+    pids: Vec<u32>,
+}
+
+/// Bytes of the arena, by offset.
+struct Words<'a>(&'a [u8]);
+
+impl Words<'_> {
+    fn u32(&self, at: usize) -> u32 {
+        self.0.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_ne_bytes)
+    }
+
+    fn u64(&self, at: usize) -> u64 {
+        self.0.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_ne_bytes)
+    }
+}
+
+/// A connection of every process whose arena may be read, in order of pid and address.
+///
+/// # Errors
+/// If `/proc` can't be read.
+pub fn connections() -> io::Result<Vec<ConnectionInfo>> {
+    let mut all: Vec<_> = arenas(Path::new("/proc"))?.iter().flat_map(Arena::connections).collect();
+    all.sort_by_key(|c| (c.pid, c.local, c.peer));
+    Ok(all)
+}
+
+/// Every process whose arena may be read, with its sums.
+///
+/// # Errors
+/// If `/proc` can't be read.
+pub fn processes() -> io::Result<Vec<ProcessInfo>> {
+    let mut all: Vec<_> = arenas(Path::new("/proc"))?.iter().map(Arena::process).collect();
+    all.sort_by_key(|p| p.pid);
+    Ok(all)
+}
+
+/// All arenas, told apart by inode: processes that were forked share one.
+fn arenas(proc: &Path) -> io::Result<Vec<Arena>> {
+    let mut found: BTreeMap<(u64, u64), Arena> = BTreeMap::new();
+    let mut pids: Vec<u32> =
+        fs::read_dir(proc)?.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect();
+    pids.sort_unstable();
+    for pid in pids {
+        // Gone meanwhile, or not ours to look at: either way nothing to show.
+        let Ok(fds) = fs::read_dir(proc.join(pid.to_string()).join("fd")) else { continue };
+        for fd in fds.flatten() {
+            let path = fd.path();
+            if !fs::read_link(&path).is_ok_and(|to| names_arena(to.as_os_str())) {
+                continue;
+            }
+            let Some((id, file)) = open(&path) else { continue };
+            let arena = found.entry(id).or_insert_with(|| Arena { file, pids: Vec::new() });
+            if arena.pids.last() != Some(&pid) {
+                arena.pids.push(pid);
+            }
+        }
+    }
+    Ok(found.into_values().collect())
+}
+
+fn names_arena(link: &OsStr) -> bool {
+    let link = link.as_encoded_bytes();
+    link.strip_prefix(b"/memfd:").and_then(|l| l.strip_suffix(b" (deleted)")) == Some(MEMFD_NAME.as_bytes())
+}
+
+/// Opens an arena and checks that it is one. O_NONBLOCK: the number may have become a pipe since.
+fn open(path: &Path) -> Option<((u64, u64), File)> {
+    let file =
+        OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path).ok()?;
+    let meta = file.metadata().ok().filter(fs::Metadata::is_file)?;
+    let mut head = [0; size_of::<Header>()];
+    file.read_exact_at(&mut head, 0).ok()?;
+    let head = Words(&head);
+    let ours = head.u64(offset_of!(Header, magic)) == MAGIC
+        && head.u32(offset_of!(Header, version)) == VERSION
+        && head.u32(offset_of!(Header, slot_size)) as usize == SLOT_SIZE;
+    ours.then_some(((meta.dev(), meta.ino()), file))
+}
+
+/// A process's name, without anything a terminal would act on.
+fn program(pid: u32) -> String {
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    name.trim_end().chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+}
+
+impl Arena {
+    /// Calls `f` with each live slot's bytes.
+    fn each_slot(&self, mut f: impl FnMut(&Words<'_>)) {
+        let mut head = [0; size_of::<Header>()];
+        if self.file.read_exact_at(&mut head, 0).is_err() {
+            return;
+        }
+        let used = (Words(&head).u32(offset_of!(Header, used)) as usize).min(SLOTS);
+        let mut batch = vec![0; BATCH * SLOT_SIZE];
+        for first in (0..used).step_by(BATCH) {
+            let bytes = &mut batch[..(used - first).min(BATCH) * SLOT_SIZE];
+            let at = HEADER_SIZE + first * SLOT_SIZE;
+            if self.file.read_exact_at(bytes, at as u64).is_err() {
+                return;
+            }
+            for slot in bytes.chunks_exact(SLOT_SIZE).map(Words) {
+                if slot.u32(offset_of!(Slot, state)) == slot_state::LIVE {
+                    f(&slot);
+                }
+            }
+        }
+    }
+
+    fn connections(&self) -> Vec<ConnectionInfo> {
+        let mut all = Vec::new();
+        let names: BTreeMap<u32, String> = self.pids.iter().map(|p| (*p, program(*p))).collect();
+        self.each_slot(|slot| all.push(decode(slot, &names)));
+        all
+    }
+
+    fn process(&self) -> ProcessInfo {
+        let pid = self.pids.first().copied().unwrap_or(0);
+        let mut totals = self.gone();
+        let live = self.connections();
+        live.iter().filter(|c| !c.stale).for_each(|c| totals.add(c));
+        let live = live.iter().filter(|c| !c.stale).count() as u64;
+        ProcessInfo { pid, program: program(pid), pids: self.pids.clone(), live, totals }
+    }
+
+    /// Sums over connections that are gone.
+    fn gone(&self) -> Totals {
+        let mut page = [0; TOTALS_SIZE];
+        if self.file.read_exact_at(&mut page, TOTALS_OFFSET as u64).is_err() {
+            return Totals::default();
+        }
+        let page = Words(&page);
+        let three = |at: usize| [page.u64(at), page.u64(at + 8), page.u64(at + 16)];
+        let reasons = offset_of!(TotalsPage, fallback);
+        let entries = (reasons..TOTALS_SIZE).step_by(8).map(|at| (page.u32(at), page.u32(at + 4)));
+        Totals {
+            connections: three(offset_of!(TotalsPage, connections)),
+            tx: three(offset_of!(TotalsPage, tx)),
+            rx: three(offset_of!(TotalsPage, rx)),
+            polled: page.u64(offset_of!(TotalsPage, polled)),
+            slept: page.u64(offset_of!(TotalsPage, slept)),
+            doorbells: page.u64(offset_of!(TotalsPage, doorbells)),
+            upgrades: page.u64(offset_of!(TotalsPage, upgrades)),
+            downgrades: page.u64(offset_of!(TotalsPage, downgrades)),
+            fallback: entries.filter(|(c, n)| *c != 0 && *n != 0).map(|(c, n)| (c, n.into())).collect(),
+        }
+    }
+}
+
+/// A slot's address words: network order, IPv4 in the first word.
+fn address(slot: &Words<'_>, family: u32, words: usize, port: u32) -> Option<SocketAddr> {
+    let bytes = |n: usize| slot.0.get(words..words + n);
+    let ip: IpAddr = match family {
+        4 => Ipv4Addr::from(<[u8; 4]>::try_from(bytes(4)?).ok()?).into(),
+        6 => Ipv6Addr::from(<[u8; 16]>::try_from(bytes(16)?).ok()?).into(),
+        _ => return None,
+    };
+    Some(SocketAddr::new(ip.to_canonical(), port as u16))
+}
+
+/// A live slot as the caller sees it; `names` are the processes that hold the arena.
+fn decode(slot: &Words<'_>, names: &BTreeMap<u32, String>) -> ConnectionInfo {
+    let owner = slot.u32(offset_of!(Slot, pid));
+    let (pid, name) =
+        names.get_key_value(&owner).or(names.first_key_value()).map_or((owner, ""), |(p, n)| (*p, n));
+    let holders = slot.u32(offset_of!(Slot, holders));
+    let best = match slot.u32(offset_of!(Slot, best)) {
+        0 => Mode::Tcp,
+        1 => Mode::Shm,
+        _ => Mode::Rdma,
+    };
+    let ring = if best == Mode::Rdma { Mode::Rdma } else { Mode::Shm };
+    let mode = |in_ring: bool| if in_ring { ring } else { Mode::Tcp };
+    let family = slot.u32(offset_of!(Slot, family));
+    let local_port = slot.u32(offset_of!(Slot, local_port));
+    let peer_port = slot.u32(offset_of!(Slot, peer_port));
+    ConnectionInfo {
+        pid,
+        program: name.to_owned(),
+        peer_pid: Some(slot.u32(offset_of!(Slot, peer_pid))).filter(|p| *p != 0),
+        local: address(slot, family, offset_of!(Slot, local_addr), local_port),
+        peer: address(slot, family, offset_of!(Slot, peer_addr), peer_port),
+        role: if slot.u32(offset_of!(Slot, role)) == 0 { Role::Connect } else { Role::Accept },
+        mode_tx: mode(slot.u32(offset_of!(Slot, tx.mode)) == tx_mode::RING),
+        mode_rx: mode(slot.u32(offset_of!(Slot, rx.mode)) == rx_mode::RING),
+        best,
+        reason: Reason::try_from(slot.u32(offset_of!(Slot, reason))).ok(),
+        tx_bytes_ring: slot.u64(offset_of!(Slot, tx.prod)) & !LEFT,
+        rx_bytes_ring: slot.u64(offset_of!(Slot, rx.cons)) & !LEFT,
+        tx_bytes_tcp: slot.u64(offset_of!(Slot, tx.tcp)),
+        rx_bytes_tcp: slot.u64(offset_of!(Slot, rx.tcp)),
+        tx_msgs: slot.u64(offset_of!(Slot, tx.msgs)),
+        rx_msgs: slot.u64(offset_of!(Slot, rx.msgs)),
+        ring_size: slot.u32(offset_of!(Slot, ring_size)),
+        polls: slot.u64(offset_of!(Slot, wait.polled)),
+        sleeps: slot.u64(offset_of!(Slot, wait.slept)),
+        doorbells: slot.u64(offset_of!(Slot, wait.doorbells)),
+        upgrades: slot.u32(offset_of!(Slot, upgrades)),
+        downgrades: slot.u32(offset_of!(Slot, downgrades)),
+        holders,
+        peer_closed: slot.u32(offset_of!(Slot, wait.peer_gone)) != 0,
+        // One holder, and that one is gone: it was killed, and only relatives keep the arena.
+        stale: holders <= 1 && !names.contains_key(&owner),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sync::Ordering::Relaxed;
+
+    #[test]
+    fn only_the_arena_is_opened() {
+        assert!(names_arena(OsStr::new("/memfd:smc-arena (deleted)")));
+        assert!(!names_arena(OsStr::new("/memfd:smc-arena")));
+        assert!(!names_arena(OsStr::new("/tmp/memfd:smc-arena (deleted)")));
+    }
+
+    #[test]
+    fn a_slot_is_decoded() {
+        let mut slot = vec![0u8; SLOT_SIZE];
+        let mut put = |at: usize, bytes: &[u8]| slot[at..at + bytes.len()].copy_from_slice(bytes);
+        put(offset_of!(Slot, state), &slot_state::LIVE.to_ne_bytes());
+        put(offset_of!(Slot, holders), &1u32.to_ne_bytes());
+        put(offset_of!(Slot, pid), &42u32.to_ne_bytes());
+        put(offset_of!(Slot, role), &1u32.to_ne_bytes());
+        put(offset_of!(Slot, best), &1u32.to_ne_bytes());
+        put(offset_of!(Slot, family), &4u32.to_ne_bytes());
+        put(offset_of!(Slot, local_addr), &[127, 0, 0, 1]);
+        put(offset_of!(Slot, local_port), &6379u32.to_ne_bytes());
+        put(offset_of!(Slot, tx.mode), &tx_mode::RING.to_ne_bytes());
+        put(offset_of!(Slot, tx.prod), &(LEFT | 99).to_ne_bytes());
+        put(offset_of!(Slot, reason), &Reason::PeerNoSmc.code().to_ne_bytes());
+        let names = BTreeMap::from([(42, "redis".to_owned())]);
+        let c = decode(&Words(&slot), &names);
+        assert_eq!((c.pid, c.program.as_str(), c.role), (42, "redis", Role::Accept));
+        assert_eq!(c.local, "127.0.0.1:6379".parse().ok());
+        assert_eq!((c.mode_tx, c.mode_rx, c.mode()), (Mode::Shm, Mode::Tcp, Mode::Shm));
+        assert_eq!((c.tx_bytes_ring, c.reason, c.stale), (99, Some(Reason::PeerNoSmc), false));
+        let relatives = BTreeMap::from([(50, "redis".to_owned())]);
+        assert!(decode(&Words(&slot), &relatives).stale);
+    }
+
+    #[test]
+    fn random_bytes_are_numbers_at_worst() {
+        let slot: Vec<u8> = (0..SLOT_SIZE).map(|i| (i * 37) as u8).collect();
+        decode(&Words(&slot), &BTreeMap::new());
+        decode(&Words(&slot[..40]), &BTreeMap::new());
+    }
+
+    #[test]
+    fn this_host_can_be_scanned() {
+        assert!(connections().is_ok());
+        assert!(processes().is_ok());
+    }
+
+    #[test]
+    fn the_arena_of_this_very_process_is_found() {
+        let slot = crate::arena::take().expect("an arena");
+        slot.family.store(4, Relaxed);
+        slot.local_addr[0].store(u32::from_ne_bytes([127, 0, 0, 9]), Relaxed);
+        slot.local_port.store(7, Relaxed);
+        slot.rx.tcp.store(1234, Relaxed);
+        let mine = |c: &ConnectionInfo| c.pid == std::process::id() && c.local == "127.0.0.9:7".parse().ok();
+        let all = connections().expect("/proc");
+        let found: Vec<_> = all.iter().filter(|c| mine(c)).collect();
+        assert_eq!(found.iter().map(|c| c.rx_bytes_tcp).collect::<Vec<_>>(), [1234]);
+        let p =
+            processes().expect("/proc").into_iter().find(|p| p.pid == std::process::id()).expect("this one");
+        let live = (p.live, p.totals.rx[0]);
+        assert!(live.0 >= 1 && live.1 >= 1234, "{live:?}");
+        crate::arena::give(slot);
+        assert!(!connections().expect("/proc").iter().any(mine));
+        // Gone, but not forgotten.
+        let p =
+            processes().expect("/proc").into_iter().find(|p| p.pid == std::process::id()).expect("this one");
+        assert!(p.totals.rx[0] >= 1234 && p.totals.connections[0] >= 1);
+    }
+}

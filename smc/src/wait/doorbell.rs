@@ -1,0 +1,182 @@
+//! The armed word: who must ring whom, and who must leave the ring.
+//!
+//! | word | set by | cleared by |
+//! | --- | --- | --- |
+//! | `RX_ARMED` | the owner, before it sleeps for bytes | the peer that will ring; the owner when it looks again |
+//! | `TX_ARMED` | the owner, before it sleeps for space | likewise |
+//! | `RX_STOP` | the owner, once | nobody |
+//! | `RX_ASK` | the owner, once, before it looks where to stop | nobody |
+//! | `PEER_LEFT` | the peer, once | nobody |
+//!
+//! Stop and the armed bits share one word, so the one fence that a publication needs covers both: after it
+//! the producer knows whether somebody sleeps *and* whether the bytes it just published will be read.
+
+use crate::mem::layout::{SidePage, ctl};
+use crate::rules::{Rule, holds};
+use crate::sync::{AtomicU64, Ordering::*, fence};
+
+/// What a publication owes.
+#[must_use]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Owed {
+    /// Ring the peer's doorbell.
+    pub ring: bool,
+    /// The peer has asked to go back to TCP.
+    pub stop: bool,
+}
+
+/// Rings that an end owes its peer: [`Rings::OWED`], and a count of the notes above it. A holder notes a ring before it
+/// takes the peer's armed bit, and pays it by ringing. One that is killed in between leaves it owed, and the next
+/// publication of another holder rings.
+#[derive(Debug, Default)]
+#[repr(transparent)]
+pub struct Rings(pub(crate) AtomicU64);
+
+impl Rings {
+    /// A ring is noted and not paid: it is on its way, or its holder was killed. No bit of [`ctl`].
+    pub const OWED: u64 = 1 << 8;
+
+    // Relaxed throughout: noted under a direction's lock, whose hand-over carries it; what is paid too late costs a
+    // ring.
+
+    /// The word.
+    #[inline(always)]
+    pub fn load(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+
+    /// Whether a ring is owed.
+    #[inline]
+    pub fn is_owed(&self) -> bool {
+        self.load() & Self::OWED != 0
+    }
+
+    /// A ring will be owed.
+    #[cold]
+    #[inline(never)]
+    pub fn note(&self) {
+        let noted = |w: u64| Some(w.wrapping_add(2 * Self::OWED) | Self::OWED);
+        let _ = self.0.fetch_update(Relaxed, Relaxed, noted);
+    }
+
+    /// Rings. All that was noted before is paid; a note that came meanwhile is not.
+    pub fn pay<T>(&self, ring: impl FnOnce() -> T) -> T {
+        let noted = self.load();
+        let r = ring();
+        if noted & Self::OWED != 0 {
+            let _ = self.0.compare_exchange(noted, noted & !Self::OWED, Relaxed, Relaxed);
+        }
+        r
+    }
+}
+
+/// After a cursor was published: does `peer` wait for it (`bit`), has it asked to stop?
+///
+/// `wake` false leaves an armed peer armed: what it waits for has not come yet (too little space).
+#[inline]
+pub fn after_publish(peer: &SidePage, bit: u32, wake: bool) -> Owed {
+    after_publish_with(peer, bit, wake, || 0, || ())
+}
+
+/// As [`after_publish`], for an end with `rings`.
+#[inline(always)]
+pub fn after_publish_for(peer: &SidePage, bit: u32, wake: bool, rings: &Rings) -> Owed {
+    after_publish_with(peer, bit, wake, || rings.load(), || rings.note())
+}
+
+/// As [`after_publish`]; `owes` is what [`Rings`] holds, and `note` is called before the armed bit is taken, after
+/// which nobody else knows of the ring.
+#[inline(always)]
+pub fn after_publish_with(
+    peer: &SidePage,
+    bit: u32,
+    wake: bool,
+    owes: impl FnOnce() -> u64,
+    note: impl FnOnce(),
+) -> Owed {
+    // ORDERING [bell.recheck] fence; pairs with the fence in `arm` and in `stop`. Here: store the cursor,
+    // load ctl. There: store ctl, load the cursor. One of the two loads sees the other's store.
+    #[cfg(not(smc_weak))]
+    fence(SeqCst);
+    let word = peer.ctl.ctl.load(Relaxed);
+    let owes = owes();
+    if (u64::from(word) | owes) & (u64::from(bit | ctl::RX_STOP | ctl::RX_ASK) | Rings::OWED) == 0 {
+        return Owed::default();
+    }
+    let taken = wake && word & bit != 0 && {
+        note();
+        peer.ctl.ctl.fetch_and(!bit, AcqRel) & bit != 0
+    };
+    // ORDERING [bell.stop] Acquire; pairs with the Release in `stop`. Carries: stop_at and cons.
+    fence(Acquire);
+    let stop = word & (ctl::RX_STOP | ctl::RX_ASK) != 0 && holds(Rule::HeedAfterPublish);
+    Owed { ring: taken || owes & Rings::OWED != 0, stop }
+}
+
+/// Arms `bits`. The caller looks at what it waits for after this, and sleeps only if it has not come.
+#[inline]
+pub fn arm(me: &SidePage, bits: u32) {
+    me.ctl.ctl.fetch_or(bits, AcqRel);
+    // ORDERING [bell.recheck] fence; pairs with the fence in `after_publish`.
+    fence(SeqCst);
+}
+
+/// Takes `bits` back: the owner looks by itself again.
+#[inline]
+pub fn disarm(me: &SidePage, bits: u32) {
+    if me.ctl.ctl.load(Relaxed) & bits != 0 {
+        me.ctl.ctl.fetch_and(!bits, Relaxed);
+    }
+}
+
+/// Before the owner looks how far the ring is filled and stops there: what it does not see then was published by
+/// a peer that sees this.
+pub fn ask(me: &SidePage) {
+    me.ctl.ctl.fetch_or(ctl::RX_ASK, AcqRel);
+    // ORDERING [bell.recheck] fence; pairs with the fence in `after_publish`. Here: store ctl, load the cursor.
+    // There: store the cursor, load ctl. One of the two loads sees the other's store.
+    #[cfg(not(smc_weak))]
+    fence(SeqCst);
+}
+
+/// Asks the peer to leave the ring at `stop_at`. The caller consumes up to there and no further. False: the
+/// peer has left already, at a cursor of its own.
+#[must_use]
+pub fn stop(me: &SidePage, stop_at: u64) -> bool {
+    me.rx.stop_at.store(stop_at, Relaxed);
+    // ORDERING [bell.stop] AcqRel; pairs with the Acquire in `after_publish` and with `leave`, the other
+    // read-modify-write of this word: of stop and leave one is first, and both sides agree which.
+    let first = mark(me, ctl::RX_STOP, ctl::PEER_LEFT);
+    // ORDERING [bell.recheck] fence; pairs with the fence in `after_publish`.
+    fence(SeqCst);
+    first
+}
+
+/// Tells `peer` that the stream leaves the ring; the cursor must be published with LEFT right after. False:
+/// the peer has asked to stop before, and that holds instead.
+#[must_use]
+pub fn leave(peer: &SidePage) -> bool {
+    // ORDERING [bell.stop] AcqRel; see `stop`.
+    mark(peer, ctl::PEER_LEFT, ctl::RX_STOP)
+}
+
+/// Sets `bit` unless `other` is set: only one of the two ever is.
+fn mark(side: &SidePage, bit: u32, other: u32) -> bool {
+    side.ctl
+        .ctl
+        .fetch_update(AcqRel, Acquire, |w| (w & other == 0 || !holds(Rule::OneWord)).then_some(w | bit))
+        .is_ok()
+}
+
+/// Whether `peer` has asked to stop, or is about to.
+#[inline]
+pub fn asked(peer: &SidePage) -> bool {
+    // Relaxed: whoever acts on it reads the word again, see `leave` and `stopped`.
+    peer.ctl.ctl.load(Relaxed) & (ctl::RX_STOP | ctl::RX_ASK) != 0
+}
+
+/// Whether `peer` has asked to stop, and where.
+pub fn stopped(peer: &SidePage) -> Option<u64> {
+    // ORDERING [bell.stop] Acquire; pairs with the Release in `stop`. Carries: stop_at.
+    (peer.ctl.ctl.load(Acquire) & ctl::RX_STOP != 0).then(|| peer.rx.stop_at.load(Relaxed))
+}

@@ -1,0 +1,262 @@
+//! How long to look before sleeping: a budget that is learned from how often looking has paid.
+//!
+//! A sleep and its wake-up cost some tens of microseconds on both sides, a look some nanoseconds, so a wait
+//! looks for a while first. Each waiter has a [`Habit`]: a look that paid pulls the budget towards a few
+//! times what it took; after some misses in a row only every eighth wait looks for long.
+//!
+//! After a few microseconds, and from the start when the peer was last seen on this very CPU, each look is
+//! followed by sched_yield(2): whoever else could run does, the peer among them, and two runnable
+//! neighbours are what makes the scheduler move one of them to an idle CPU. Two that sleep and wake each
+//! other stay together for ever.
+//!
+//! How long the yield takes tells who else is there:
+//!
+//! | it takes | the CPU | what follows |
+//! | --- | --- | --- |
+//! | less than a switch | is ours alone | the next wait looks for a while before it yields |
+//! | a few switches | is a *crowd*'s, that waits as we do | the next wait yields at once |
+//! | a good part of a slice | is somebody's who computes | no yields for some time, but sleeps |
+//!
+//! What a crowd does with the time is not taken off the budget. Who sleeps is preferred when it wakes; who yields to
+//! somebody who computes waits for its turn.
+
+use crate::config::config;
+use crate::section;
+use crate::sys;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+
+/// Nanoseconds of plain looking before looks yield the CPU.
+const PURE_NS: u64 = 4_000;
+/// A round that took longer was not alone on its CPU.
+const PREEMPTED_NS: u64 = 20_000;
+/// A yield that took longer let somebody else run: it is more than a call, and less than two switches.
+const SWITCHED_NS: u64 = 1_000;
+/// A yield that took longer let somebody compute.
+const SLICE_NS: u64 = 600_000;
+/// If none did for so many times as long, it is taken for chance.
+const CHANCE: u64 = 8;
+/// Nobody yields then for as long again, and each time in a row that it is not chance for twice as long as before, up
+/// to so many doublings.
+const DOUBLINGS: u32 = 6;
+/// Until then nobody in this process yields. As the next: a hint, Relaxed, and a lost update does no harm.
+static NO_YIELDS: AtomicU64 = AtomicU64::new(0);
+/// Times in a row.
+static TIMES: AtomicU32 = AtomicU32::new(0);
+/// In [`Habit::ns`]: the last yield found a crowd.
+const CROWD: u32 = 1 << 31;
+/// The budget after misses.
+const SHORT_NS: u64 = 1_000;
+/// How often the kernel is asked as well, where it must be.
+const KERNEL_NS: u64 = 10_000;
+/// Misses in a row after which looking is short.
+const MISSES: u32 = 4;
+/// Every so many waits looking is long all the same.
+const RETRY: u32 = 8;
+
+/// What a waiter has learned. Hints only: Relaxed, and a lost update does no harm.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Habit {
+    /// The budget, and [`CROWD`].
+    ns: AtomicU32,
+    misses: AtomicU32,
+}
+
+/// One wait that looks.
+#[derive(Debug)]
+pub struct Spin<'a> {
+    habit: &'a Habit,
+    start: u64,
+    last: u64,
+    kernel: u64,
+    budget: u64,
+    /// Nanoseconds until the caller's own time is over.
+    left: u64,
+    /// Nanoseconds of this wait in which others ran.
+    others: u64,
+    max: u64,
+    beside: bool,
+    crowd: bool,
+}
+
+impl Default for Habit {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Habit {
+    /// Nothing learned: the first wait looks for `SMC_SPIN_US`.
+    pub const fn new() -> Self {
+        Habit { ns: AtomicU32::new(0), misses: AtomicU32::new(0) }
+    }
+
+    /// Forgets.
+    pub fn reset(&self) {
+        self.ns.store(0, Relaxed);
+        self.misses.store(0, Relaxed);
+    }
+
+    /// Looking begins, for `left` ns at most; `None`: do not look. `beside`: the peer is on this CPU.
+    pub fn begin(&self, beside: bool, left: Option<u64>) -> Option<Spin<'_>> {
+        let max = u64::from(config().spin_us) * 1000;
+        let (word, misses) = (self.ns.load(Relaxed), self.misses.load(Relaxed));
+        let learned = u64::from(word & !CROWD);
+        let mut budget = if learned == 0 { max } else { learned.min(max) };
+        if misses > MISSES && !misses.is_multiple_of(RETRY) {
+            budget = budget.min(SHORT_NS);
+        }
+        let left = left.unwrap_or(u64::MAX);
+        if budget.min(left) == 0 {
+            return None;
+        }
+        let start = sys::now_ns();
+        if beside && barred(start) {
+            return None;
+        }
+        let crowd = word & CROWD != 0;
+        Some(Spin {
+            habit: self,
+            start,
+            last: start,
+            kernel: start,
+            budget,
+            left,
+            others: 0,
+            max,
+            beside,
+            crowd,
+        })
+    }
+}
+
+/// Whether yields would let somebody compute who does so at that time.
+#[inline]
+fn barred(now: u64) -> bool {
+    // Relaxed: a hint, that may come late.
+    now < NO_YIELDS.load(Relaxed)
+}
+
+impl Spin<'_> {
+    /// It has come.
+    pub fn paid(self) {
+        let learned = u64::from(self.habit.ns.load(Relaxed) & !CROWD);
+        let took = self.last.saturating_sub(self.start).saturating_sub(self.others) * 4 + 8_000;
+        let crowd = if self.crowd { CROWD } else { 0 };
+        self.habit.ns.store(((learned * 3 + took) / 4).min(self.max) as u32 | crowd, Relaxed);
+        self.habit.misses.store(0, Relaxed);
+    }
+
+    /// A look has found nothing: look again? Counts the miss if not.
+    pub fn again(&mut self) -> bool {
+        if section::is_deferred() {
+            // A signal: it is for the caller to open a window.
+            return false;
+        }
+        let now = sys::now_ns();
+        let misses = self.habit.misses.load(Relaxed);
+        if now.saturating_sub(self.last) > PREEMPTED_NS && !self.beside {
+            // Others want this CPU: looking does not pay now.
+            self.habit.misses.store(misses.max(MISSES).wrapping_add(1), Relaxed);
+            return false;
+        }
+        let elapsed = now.saturating_sub(self.start);
+        let barred = barred(now);
+        if elapsed > self.left
+            || elapsed.saturating_sub(self.others) > self.budget
+            || barred && elapsed > PURE_NS
+        {
+            self.habit.misses.store(misses.wrapping_add(1), Relaxed);
+            return false;
+        }
+        self.last = now;
+        if !barred && (self.beside || self.crowd || elapsed > PURE_NS) {
+            sys::yield_cpu();
+            self.yielded(sys::now_ns().saturating_sub(now));
+        } else {
+            for _ in 0..8 {
+                std::hint::spin_loop();
+            }
+        }
+        true
+    }
+
+    /// A yield took so long.
+    fn yielded(&mut self, ns: u64) {
+        let crowd = ns > SWITCHED_NS;
+        self.others += ns.saturating_sub(SWITCHED_NS);
+        if ns > SLICE_NS {
+            let quiet = self.last.saturating_sub(NO_YIELDS.load(Relaxed));
+            let times = if quiet > ns * CHANCE { 0 } else { (TIMES.load(Relaxed) + 1).min(DOUBLINGS) };
+            TIMES.store(times, Relaxed);
+            NO_YIELDS.store(self.last + ns + (ns << times), Relaxed);
+        }
+        if crowd != self.crowd {
+            self.crowd = crowd;
+            let word = self.habit.ns.load(Relaxed);
+            self.habit.ns.store(if crowd { word | CROWD } else { word & !CROWD }, Relaxed);
+        }
+    }
+
+    /// Whether it is time to ask the kernel as well.
+    pub fn kernel_due(&mut self) -> bool {
+        let due = self.last.saturating_sub(self.kernel) > KERNEL_NS;
+        if due {
+            self.kernel = self.last;
+        }
+        due
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A wait in which a yield took so long, and which was of use.
+    fn wait(h: &Habit, ns: u64) {
+        let mut spin = h.begin(false, None).expect("a budget");
+        spin.yielded(ns);
+        spin.paid();
+    }
+
+    #[test]
+    fn yields_tell_who_else_is_there() {
+        let h = Habit::new();
+        let crowd = || h.begin(false, None).is_some_and(|s| s.crowd);
+        wait(&h, SWITCHED_NS / 2);
+        assert!(!crowd());
+        wait(&h, SWITCHED_NS * 10);
+        assert!(crowd(), "remembered for the next wait");
+        wait(&h, SWITCHED_NS / 2);
+        assert!(!crowd(), "nobody else is there any more");
+
+        // What others did with the time is not taken off the budget.
+        let mut spin = h.begin(false, None).expect("a budget");
+        spin.start -= spin.budget + 10_000;
+        assert!(!spin.again());
+        let mut spin = h.begin(false, None).expect("a budget");
+        (spin.start, spin.others) = (spin.start - spin.budget - 10_000, 1_000_000);
+        assert!(spin.again());
+
+        // Somebody computes: no yields for a time, for longer each time in a row, and by chance never for long.
+        let slice = SLICE_NS * 10;
+        let bars: Vec<u64> = (0..12)
+            .map(|_| {
+                let mut spin = h.begin(false, None).expect("a budget");
+                spin.last = NO_YIELDS.load(Relaxed).max(spin.last) + slice;
+                spin.yielded(slice);
+                NO_YIELDS.load(Relaxed) - spin.last - slice
+            })
+            .collect();
+        assert!(bars.is_sorted() && bars[11] == slice << DOUBLINGS, "{bars:?}");
+        let now = sys::now_ns();
+        assert!(barred(now) && h.begin(true, None).is_none(), "beside the peer only a sleep helps");
+        let mut spin = h.begin(false, None).expect("looking without yields");
+        spin.start -= PURE_NS * 2;
+        assert!(!spin.again());
+        spin.last = NO_YIELDS.load(Relaxed) + slice * CHANCE * 2;
+        spin.yielded(slice);
+        assert_eq!(NO_YIELDS.load(Relaxed) - spin.last, slice * 2);
+        NO_YIELDS.store(0, Relaxed);
+    }
+}

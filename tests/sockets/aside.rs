@@ -1,0 +1,748 @@
+//! Bytes and readiness by ways beside read, write and poll: pipes and files, system calls by number, Linux AIO,
+//! io_uring, POSIX AIO, filters, upper-layer protocols, signals instead of waiting.
+
+use crate::{
+    Scenario, log, s,
+    sys::{self, Res, show},
+    world::{Conn, World, block},
+};
+use libc::{POLLIN, POLLOUT, c_long, c_void};
+use std::{
+    io::Write as _,
+    os::fd::AsRawFd as _,
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+/// The table of this file.
+pub const SCENARIOS: &[Scenario] = &[
+    s!(vmsplice_tee_splice),
+    s!(splice_between_connections),
+    s!(splice_with_flags),
+    s!(sendfile_from_what_is_no_file),
+    s!(stdio_both_ways),
+    s!(moves_by_number),
+    s!(waits_by_number),
+    s!(positions_by_number),
+    s!(linux_aio),
+    s!(linux_aio_in_the_middle),
+    s!(linux_aio_with_bytes_waiting).open("the peer must act to move them"),
+    s!(posix_aio),
+    s!(posix_aio_with_bytes_waiting).open("the peer must act to move them"),
+    s!(ring_made_before),
+    s!(ring_made_in_the_middle),
+    s!(ring_made_with_bytes_waiting).open("the peer must act to move them"),
+    s!(zerocopy_in_the_middle),
+    s!(zerocopy_allowed_and_not_used),
+    s!(filter_attached),
+    s!(upper_layer_protocol),
+    s!(signal_of_choice),
+    s!(signals_on_and_off),
+    s!(recvmmsg_forms),
+    s!(sendmmsg_partly),
+    s!(addresses_of_nothing).plain(),
+    s!(addresses_beyond_memory),
+];
+
+fn number(nr: c_long, a: [usize; 6]) -> Res {
+    // SAFETY: callers pass what the call of that number takes.
+    let r = unsafe { libc::syscall(nr, a[0], a[1], a[2], a[3], a[4], a[5]) };
+    if r < 0 { Err(sys::errno()) } else { Ok(r) }
+}
+
+/// `n right` for what is in a pipe and is the next of the stream.
+fn from_pipe(c: &mut Conn, pipe: i32, n: usize) -> String {
+    let mut b = vec![0; n];
+    let r = sys::read(pipe, &mut b);
+    c.checked(r, &b)
+}
+
+fn vmsplice_tee_splice(w: &World) {
+    let mut c = w.pair();
+    let (p, q) = (sys::pipe(), sys::pipe());
+    let b = c.next(3000);
+    let v = libc::iovec { iov_base: b.as_ptr().cast_mut().cast(), iov_len: b.len() };
+    let vmsplice = |fd: i32| number(libc::SYS_vmsplice, [fd as usize, (&raw const v) as usize, 1, 0, 0, 0]);
+    let tee = |a: i32, b: i32| number(libc::SYS_tee, [a as usize, b as usize, 3000, 0, 0, 0]);
+    log!("vmsplice {}", show(vmsplice(p[1])));
+    log!("into a socket {}", show(vmsplice(c.fd)));
+    log!("tee {}", show(tee(p[0], q[1])));
+    log!("to a socket {} from a socket {}", show(tee(p[0], c.fd)), show(tee(c.fd, q[1])));
+    log!("splice {}", show(sys::splice(p[0], c.fd, 3000, 0)));
+    log!("far {}", w.far(&c, "get 3000"));
+    // The copy goes as well: it is what the pattern has there once more.
+    log!("splice {}", show(sys::splice(q[0], c.fd, 3000, 0)));
+    let mut twice = vec![0; 3000];
+    w.far(&c, "arrived 3000");
+    log!("far {}", w.far(&c, "discard 3000"));
+    w.far(&c, "put 3000");
+    c.arrived(3000);
+    log!("back {}", show(sys::splice(c.fd, p[1], 3000, libc::SPLICE_F_MOVE)));
+    log!("tee {}", show(tee(p[0], q[1])));
+    log!("{} {}", show(sys::read(q[0], &mut twice)), twice == block(c.rx, 3000));
+    log!("{}", from_pipe(&mut c, p[0], 3000));
+    w.still_good(&mut c);
+}
+
+fn splice_between_connections(w: &World) {
+    let (mut a, mut b) = (w.pair(), w.pair());
+    let p = sys::pipe();
+    for n in [1usize, 100, 5000, 10_000] {
+        w.far(&a, &format!("put {n}"));
+        let mut left = n;
+        while left > 0 {
+            let k = match sys::splice(a.fd, p[1], left, 0) {
+                Ok(k @ 1..) => k as usize,
+                r => {
+                    log!("in {}", show(r));
+                    return;
+                }
+            };
+            let mut out = k;
+            while out > 0 {
+                match sys::splice(p[0], b.fd, out, 0) {
+                    Ok(k @ 1..) => out -= k as usize,
+                    r => {
+                        log!("out {}", show(r));
+                        return;
+                    }
+                }
+            }
+            left -= k;
+        }
+        (a.rx, b.tx) = (a.rx + n as u64, b.tx + n as u64);
+        log!("far {}", w.far(&b, &format!("get {n}")));
+    }
+    w.still_good(&mut a);
+    w.still_good(&mut b);
+    // The end of one is the end that splice tells.
+    w.far(&a, "shutdown 1");
+    log!("EOF {}", show(sys::splice(a.fd, p[1], 10, 0)));
+    log!("directly {}", show(sys::splice(a.fd, b.fd, 10, 0)));
+}
+
+fn splice_with_flags(w: &World) {
+    let mut c = w.pair();
+    let p = sys::pipe();
+    log!("nothing in the pipe {}", show(sys::splice(p[0], c.fd, 10, libc::SPLICE_F_NONBLOCK)));
+    let b = c.next(2000);
+    log!("{}", show(sys::write(p[1], &b)));
+    log!("more {}", show(sys::splice(p[0], c.fd, 1000, libc::SPLICE_F_MORE)));
+    log!("no more {}", show(sys::splice(p[0], c.fd, 5000, 0)));
+    log!("far {}", w.far(&c, "get 2000"));
+    log!("none {}", show(sys::splice(p[0], c.fd, 0, 0)));
+    // The whole pipe is gone: its end, not an error.
+    let q = sys::pipe();
+    log!("{} {}", show(sys::close(q[1])), show(sys::splice(q[0], c.fd, 10, 0)));
+    log!("closed reader {}", {
+        let r = sys::pipe();
+        let _ = sys::close(r[0]);
+        sys::on_signal(libc::SIGPIPE, count, 0);
+        w.far(&c, "put 10");
+        c.arrived(10);
+        show(sys::splice(c.fd, r[1], 10, 0))
+    });
+    log!("not lost {}", c.get(10));
+    w.still_good(&mut c);
+}
+
+fn sendfile_from_what_is_no_file(w: &World) {
+    let (mut c, mut d) = (w.pair(), w.pair());
+    let p = sys::pipe();
+    log!("{}", show(sys::write(p[1], b"12345")));
+    log!("pipe {}", show(sys::sendfile(c.fd, p[0], None, 5)));
+    log!("still there {}", show(sys::read(p[0], &mut [0; 9])));
+    w.far(&d, "put 100");
+    d.arrived(100);
+    log!("connection {}", show(sys::sendfile(c.fd, d.fd, None, 100)));
+    log!("itself {}", show(sys::sendfile(c.fd, c.fd, None, 100)));
+    log!("still there {}", d.get(100));
+    let f = tempfile::tempfile().expect("a temporary file");
+    log!("into a file {}", show(sys::sendfile(f.as_raw_fd(), d.fd, None, 100)));
+    let zero = std::fs::File::open("/dev/null").expect("/dev/null");
+    log!("null {}", show(sys::sendfile(c.fd, zero.as_raw_fd(), None, 100)));
+    w.still_good(&mut c);
+    w.still_good(&mut d);
+}
+
+fn stdio_both_ways(w: &World) {
+    let c = w.pair();
+    // SAFETY: the scenario hands the fd over to stdio.
+    let f = unsafe { libc::fdopen(c.fd, c"r+".as_ptr()) };
+    for i in 0..3 {
+        // SAFETY: an open FILE; the format has one int.
+        let n = unsafe { libc::fprintf(f, c"line %d\n".as_ptr(), i as libc::c_int) };
+        // SAFETY: an open FILE.
+        log!("fprintf {n} fflush {}", unsafe { libc::fflush(f) });
+        log!("far {}", w.far(&c, "hear"));
+        w.far(&c, "say answer\n");
+        let mut line = [0 as libc::c_char; 100];
+        // SAFETY: a live buffer of this length and an open FILE.
+        let p = unsafe { libc::fgets(line.as_mut_ptr(), 100, f) };
+        // SAFETY: fgets ends what it read with a zero; the buffer was zeroed before.
+        let text = unsafe { std::ffi::CStr::from_ptr(line.as_ptr()) };
+        log!("fgets {} {text:?}", !p.is_null());
+    }
+    // SAFETY: an open FILE.
+    log!("fclose {}", unsafe { libc::fclose(f) });
+    log!("far EOF {}", w.far(&c, "hear"));
+}
+
+fn moves_by_number(w: &World) {
+    let mut c = w.pair();
+    let fd = c.fd as usize;
+    let quiet = libc::MSG_NOSIGNAL as usize;
+    let b = c.next(10);
+    log!("sendto {}", show(number(libc::SYS_sendto, [fd, b.as_ptr() as usize, 10, quiet, 0, 0])));
+    let b = c.next(20);
+    let v = [0, 10].map(|at| libc::iovec { iov_base: b[at..].as_ptr().cast_mut().cast(), iov_len: 10 });
+    log!("writev {}", show(number(libc::SYS_writev, [fd, v.as_ptr() as usize, 2, 0, 0, 0])));
+    log!("far {}", w.far(&c, "get 30"));
+    w.far(&c, "put 40");
+    c.arrived(40);
+    let mut b = [0u8; 40];
+    let r = number(libc::SYS_recvfrom, [fd, b.as_mut_ptr() as usize, 10, 0, 0, 0]);
+    log!("recvfrom {}", c.checked(r, &b));
+    let v = libc::iovec { iov_base: b.as_mut_ptr().cast(), iov_len: 10 };
+    let r = number(libc::SYS_readv, [fd, (&raw const v) as usize, 1, 0, 0, 0]);
+    log!("readv {}", c.checked(r, &b));
+    // SAFETY: all-zero is a valid msghdr.
+    let mut m: libc::msghdr = unsafe { std::mem::zeroed() };
+    (m.msg_iov, m.msg_iovlen) = ((&raw const v).cast_mut(), 1);
+    let r = number(libc::SYS_recvmsg, [fd, (&raw mut m) as usize, 0, 0, 0, 0]);
+    log!("recvmsg {}", c.checked(r, &b));
+    let r = number(libc::SYS_read, [fd, b.as_mut_ptr() as usize, 10, 0, 0, 0]);
+    log!("read {}", c.checked(r, &b));
+    let d = number(libc::SYS_dup, [fd, 0, 0, 0, 0, 0]).expect("dup") as i32;
+    log!("close {}", show(number(libc::SYS_close, [fd, 0, 0, 0, 0, 0])));
+    c.fd = d;
+    w.still_good(&mut c);
+    log!("shutdown {}", show(number(libc::SYS_shutdown, [d as usize, libc::SHUT_WR as usize, 0, 0, 0, 0])));
+    log!("far {}", w.far(&c, "drain"));
+}
+
+fn waits_by_number(w: &World) {
+    let mut c = w.pair();
+    let mut p = libc::pollfd { fd: c.fd, events: POLLIN, revents: 0 };
+    let at = (&raw mut p) as usize;
+    let time = libc::timespec { tv_sec: 20, tv_nsec: 0 };
+    let ts = (&raw const time) as usize;
+    // The kernel's mask: 64 bits, here of nothing.
+    let mask = 0u64;
+    let pair = [(&raw const mask) as usize, 8];
+    let mut set = [0u64; 16];
+    let word = c.fd as usize;
+    let ep = sys::epoll_create();
+    sys::epoll_add(ep, c.fd, libc::EPOLLIN, 7);
+    let mut e = [libc::epoll_event { events: 0, u64: 0 }; 4];
+    let (ep, ev) = (ep as usize, e.as_mut_ptr() as usize);
+    for i in 0..6 {
+        w.start_far(&c, "delayput 10 60");
+        set[word / 64] |= 1 << (word % 64);
+        let fds = set.as_mut_ptr() as usize;
+        let r = match i {
+            0 => number(libc::SYS_ppoll, [at, 1, ts, 0, 0, 0]),
+            1 => number(libc::SYS_ppoll, [at, 1, ts, (&raw const mask) as usize, 8, 0]),
+            2 => number(libc::SYS_pselect6, [word + 1, fds, 0, 0, ts, pair.as_ptr() as usize]),
+            3 => number(libc::SYS_pselect6, [word + 1, fds, 0, 0, 0, 0]),
+            4 => number(libc::SYS_epoll_pwait, [ep, ev, 4, 20_000, 0, 8]),
+            _ => number(libc::SYS_epoll_pwait2, [ep, ev, 4, ts, 0, 8]),
+        };
+        log!("{i}: {} {}", show(r), w.finish());
+        log!("{}", c.get(10));
+    }
+    w.still_good(&mut c);
+}
+
+fn positions_by_number(w: &World) {
+    let mut c = w.pair();
+    let fd = c.fd as usize;
+    let nowait = libc::RWF_NOWAIT as usize;
+    let mut b = [0u8; 10];
+    let v = libc::iovec { iov_base: b.as_mut_ptr().cast(), iov_len: 10 };
+    let v = (&raw const v) as usize;
+    log!("empty {}", show(number(libc::SYS_preadv2, [fd, v, 1, usize::MAX, usize::MAX, nowait])));
+    log!("bad flag {}", show(number(libc::SYS_preadv2, [fd, v, 1, usize::MAX, usize::MAX, 1 << 30])));
+    w.far(&c, "put 10");
+    c.arrived(10);
+    let r = number(libc::SYS_preadv2, [fd, v, 1, usize::MAX, usize::MAX, nowait]);
+    log!("{}", c.checked(r, &b));
+    b.copy_from_slice(&c.next(10));
+    log!("{}", show(number(libc::SYS_pwritev2, [fd, v, 1, usize::MAX, usize::MAX, 0])));
+    log!("far {}", w.far(&c, "get 10"));
+    w.still_good(&mut c);
+}
+
+/// struct iocb of linux/aio_abi.h, little endian.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Iocb {
+    data: u64,
+    key: u32,
+    flags: u32,
+    opcode: u16,
+    prio: i16,
+    fd: u32,
+    buf: u64,
+    n: u64,
+    offset: i64,
+    reserved: u64,
+    more_flags: u32,
+    eventfd: u32,
+}
+
+struct Aio(usize);
+
+impl Aio {
+    fn new() -> Result<Aio, i32> {
+        let mut ctx = 0usize;
+        number(libc::SYS_io_setup, [8, (&raw mut ctx) as usize, 0, 0, 0, 0]).map(|_| Aio(ctx))
+    }
+
+    /// Submits one operation (0: pread, 1: pwrite) and waits for its result.
+    fn run(&self, opcode: u16, fd: i32, b: &mut [u8]) -> Res {
+        let (buf, n) = (b.as_mut_ptr() as u64, b.len() as u64);
+        let cb = Iocb { opcode, fd: fd as u32, buf, n, ..Iocb::default() };
+        let list = [(&raw const cb) as usize];
+        number(libc::SYS_io_submit, [self.0, 1, list.as_ptr() as usize, 0, 0, 0])?;
+        // struct io_event: data, obj, res, res2.
+        let mut event = [0i64; 4];
+        number(libc::SYS_io_getevents, [self.0, 1, 1, event.as_mut_ptr() as usize, 0, 0])?;
+        if event[2] < 0 { Err(-event[2] as i32) } else { Ok(event[2]) }
+    }
+}
+
+fn aio_moves(w: &World, c: &mut Conn, aio: &Aio) {
+    for _ in 0..3 {
+        let mut b = c.next(1000);
+        log!("pwrite {}", show(aio.run(1, c.fd, &mut b)));
+        log!("far {}", w.far(c, "get 1000"));
+        w.far(c, "put 1000");
+        c.arrived(1000);
+        let mut b = [0; 1000];
+        let r = aio.run(0, c.fd, &mut b);
+        log!("pread {}", c.checked(r, &b));
+    }
+    w.still_good(c);
+}
+
+fn linux_aio(w: &World) {
+    w.still_good(&mut w.pair());
+    match Aio::new() {
+        Ok(aio) => aio_moves(w, &mut w.pair(), &aio),
+        Err(e) => log!("io_setup {}", sys::errno_name(e)),
+    }
+}
+
+fn linux_aio_in_the_middle(w: &World) {
+    let mut c = w.pair();
+    w.still_good(&mut c);
+    match Aio::new() {
+        Ok(aio) => aio_moves(w, &mut c, &aio),
+        Err(e) => log!("io_setup {}", sys::errno_name(e)),
+    }
+}
+
+fn linux_aio_with_bytes_waiting(w: &World) {
+    let mut c = w.pair();
+    w.far(&c, "put 500");
+    c.arrived(500);
+    match Aio::new() {
+        Ok(aio) => {
+            let mut b = [0; 500];
+            let r = aio.run(0, c.fd, &mut b);
+            log!("pread {}", c.checked(r, &b));
+            aio_moves(w, &mut c, &aio);
+        }
+        Err(e) => log!("io_setup {}", sys::errno_name(e)),
+    }
+}
+
+unsafe extern "C" {
+    fn aio_read(a: *mut libc::aiocb) -> i32;
+    fn aio_write(a: *mut libc::aiocb) -> i32;
+    fn aio_error(a: *const libc::aiocb) -> i32;
+    fn aio_return(a: *mut libc::aiocb) -> isize;
+}
+
+/// One of libc's own asynchronous calls, made by threads of its own, to its end.
+fn aio_run(
+    f: unsafe extern "C" fn(*mut libc::aiocb) -> i32,
+    fd: i32,
+    b: &mut [u8],
+    begun: impl FnOnce(),
+) -> Res {
+    // SAFETY: all-zero is a valid aiocb.
+    let mut a: libc::aiocb = unsafe { std::mem::zeroed() };
+    (a.aio_fildes, a.aio_buf, a.aio_nbytes) = (fd, b.as_mut_ptr().cast::<c_void>(), b.len());
+    // SAFETY: control block and buffer live until the operation is over, below.
+    if unsafe { f(&mut a) } < 0 {
+        return Err(sys::errno());
+    }
+    begun();
+    loop {
+        // SAFETY: a control block under way.
+        match unsafe { aio_error(&a) } {
+            libc::EINPROGRESS => sys::sleep_ms(2),
+            0 => break,
+            e => return Err(e),
+        }
+    }
+    // SAFETY: as above; it is over.
+    Ok(unsafe { aio_return(&mut a) } as i64)
+}
+
+fn posix_aio(w: &World) {
+    let mut c = w.pair();
+    let mut out = c.next(700);
+    log!("aio_write {}", show(aio_run(aio_write, c.fd, &mut out, || ())));
+    log!("far {}", w.far(&c, "get 700"));
+    let mut b = vec![0; 500];
+    let r = aio_run(aio_read, c.fd, &mut b, || log!("far {}", w.far(&c, "put 500")));
+    log!("aio_read {}", c.checked(r, &b));
+    w.still_good(&mut c);
+}
+
+fn posix_aio_with_bytes_waiting(w: &World) {
+    let mut c = w.pair();
+    w.far(&c, "put 500");
+    c.arrived(500);
+    let mut b = vec![0; 500];
+    let r = aio_run(aio_read, c.fd, &mut b, || ());
+    log!("aio_read {}", c.checked(r, &b));
+    w.still_good(&mut c);
+}
+
+/// A ring of io_uring made by its system calls alone: one operation at a time.
+struct Uring {
+    fd: i32,
+    sq: *mut u8,
+    cq: *mut u8,
+    sqes: *mut u8,
+    p: [u32; 30],
+}
+
+impl Uring {
+    fn new() -> Result<Uring, i32> {
+        // struct io_uring_params: 10 words, then the offsets of the two rings, 10 words each.
+        let mut p = [0u32; 30];
+        let fd = number(libc::SYS_io_uring_setup, [4, p.as_mut_ptr() as usize, 0, 0, 0, 0])? as i32;
+        let map = |len: u32, at: i64| {
+            let prot = libc::PROT_READ | libc::PROT_WRITE;
+            // SAFETY: a fresh mapping of what the kernel has made for this.
+            unsafe { libc::mmap(std::ptr::null_mut(), len as usize, prot, libc::MAP_SHARED, fd, at) }.cast()
+        };
+        let (sq, cq) = (map(p[16] + p[0] * 4, 0), map(p[25] + p[1] * 16, 0x800_0000));
+        Ok(Uring { fd, sq, cq, sqes: map(p[0] * 64, 0x1000_0000), p })
+    }
+
+    fn word(&self, base: *mut u8, at: u32) -> &AtomicU32 {
+        // SAFETY: an offset that the kernel gave, inside the mapping, of an aligned word.
+        unsafe { &*base.add(at as usize).cast::<AtomicU32>() }
+    }
+
+    fn run(&self, opcode: u8, fd: i32, b: &mut [u8]) -> Res {
+        let mut sqe = [0u8; 64];
+        sqe[0] = opcode;
+        sqe[4..8].copy_from_slice(&fd.to_ne_bytes());
+        sqe[16..24].copy_from_slice(&(b.as_mut_ptr() as u64).to_ne_bytes());
+        sqe[24..28].copy_from_slice(&(b.len() as u32).to_ne_bytes());
+        // SAFETY: the first of the entries.
+        unsafe { self.sqes.copy_from(sqe.as_ptr(), 64) };
+        let tail = self.word(self.sq, self.p[11]);
+        let (t, mask) =
+            (tail.load(Ordering::Acquire), self.word(self.sq, self.p[12]).load(Ordering::Relaxed));
+        self.word(self.sq, self.p[16] + (t & mask) * 4).store(0, Ordering::Relaxed);
+        // Pairs with the kernel's acquiring load: the entry and its index come first.
+        tail.store(t + 1, Ordering::Release);
+        number(libc::SYS_io_uring_enter, [self.fd as usize, 1, 1, 1, 0, 0])?;
+        let head = self.word(self.cq, self.p[20]);
+        let (h, mask) =
+            (head.load(Ordering::Acquire), self.word(self.cq, self.p[22]).load(Ordering::Relaxed));
+        // struct io_uring_cqe: data (8 bytes), res, flags.
+        let res = self.word(self.cq, self.p[25] + (h & mask) * 16 + 8).load(Ordering::Acquire) as i32;
+        head.store(h + 1, Ordering::Release);
+        if res < 0 { Err(-res) } else { Ok(i64::from(res)) }
+    }
+}
+
+const IORING_OP_READ: u8 = 22;
+const IORING_OP_WRITE: u8 = 23;
+const IORING_OP_SEND: u8 = 26;
+const IORING_OP_RECV: u8 = 27;
+
+fn uring_moves(w: &World, c: &mut Conn, u: &Uring) {
+    for (put, get) in [(IORING_OP_SEND, IORING_OP_RECV), (IORING_OP_WRITE, IORING_OP_READ)] {
+        let mut b = c.next(1000);
+        log!("{put}: {}", show(u.run(put, c.fd, &mut b)));
+        log!("far {}", w.far(c, "get 1000"));
+        w.far(c, "put 1000");
+        c.arrived(1000);
+        let mut b = [0; 1000];
+        let r = u.run(get, c.fd, &mut b);
+        log!("{get}: {}", c.checked(r, &b));
+    }
+    w.still_good(c);
+}
+
+fn ring_made_before(w: &World) {
+    w.still_good(&mut w.pair());
+    match Uring::new() {
+        Ok(u) => uring_moves(w, &mut w.pair(), &u),
+        Err(e) => log!("io_uring_setup {}", sys::errno_name(e)),
+    }
+}
+
+fn ring_made_in_the_middle(w: &World) {
+    let mut c = w.pair();
+    w.still_good(&mut c);
+    match Uring::new() {
+        Ok(u) => uring_moves(w, &mut c, &u),
+        Err(e) => log!("io_uring_setup {}", sys::errno_name(e)),
+    }
+}
+
+fn ring_made_with_bytes_waiting(w: &World) {
+    let mut c = w.pair();
+    w.far(&c, "put 500");
+    c.arrived(500);
+    match Uring::new() {
+        Ok(u) => {
+            let mut b = [0; 500];
+            let r = u.run(IORING_OP_RECV, c.fd, &mut b);
+            log!("recv {}", c.checked(r, &b));
+            uring_moves(w, &mut c, &u);
+        }
+        Err(e) => log!("io_uring_setup {}", sys::errno_name(e)),
+    }
+}
+
+fn zerocopy_in_the_middle(w: &World) {
+    const SO_ZEROCOPY: i32 = 60;
+    const MSG_ZEROCOPY: i32 = 0x400_0000;
+    let mut c = w.pair();
+    let b = c.next(100);
+    log!("not allowed yet: as if without {}", show(sys::send(c.fd, &b, MSG_ZEROCOPY)));
+    log!("far {}", w.far(&c, "get 100"));
+    log!("{}", show(sys::setsockopt(c.fd, libc::SOL_SOCKET, SO_ZEROCOPY, 1)));
+    for i in 0..3 {
+        let b = c.next(20_000);
+        log!("{}", show(sys::send(c.fd, &b, MSG_ZEROCOPY)));
+        log!("far {}", w.far(&c, "get 20000"));
+        crate::world::settle(c.fd, libc::POLLERR);
+        let r = sys::recvmsg(c.fd, &mut [&mut []], libc::MSG_ERRQUEUE);
+        log!("{i}: completion {} control {}", show(r.result), r.control_len > 0);
+        w.still_good(&mut c);
+    }
+}
+
+/// As QEMU does, which asks for it at each connection to find out whether it is to be had.
+fn zerocopy_allowed_and_not_used(w: &World) {
+    const SO_ZEROCOPY: i32 = 60;
+    let mut c = w.cold_on("4");
+    log!("{}", show(sys::setsockopt(c.fd, libc::SOL_SOCKET, SO_ZEROCOPY, 1)));
+    w.warm(&mut c, 200);
+    w.still_good(&mut c);
+}
+
+fn filter_attached(w: &World) {
+    let mut c = w.pair();
+    w.far(&c, "put 100");
+    c.arrived(100);
+    // "Take all of it": ret #-1.
+    let all = [libc::sock_filter { code: 6, jt: 0, jf: 0, k: u32::MAX }];
+    let prog = libc::sock_fprog { len: 1, filter: all.as_ptr().cast_mut() };
+    let n = size_of_val(&prog) as libc::socklen_t;
+    let fd = c.fd;
+    let set = |name| {
+        // SAFETY: a live program and its size.
+        let r = unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, name, (&raw const prog).cast(), n) };
+        if r < 0 { sys::errno_name(sys::errno()) } else { r.to_string() }
+    };
+    log!("attach {}", set(libc::SO_ATTACH_FILTER));
+    log!("{}", c.get(100));
+    w.still_good(&mut c);
+    log!("detach {}", set(libc::SO_DETACH_FILTER));
+    w.still_good(&mut c);
+}
+
+/// kTLS: attached, but without keys the stream is as it was.
+fn upper_layer_protocol(w: &World) {
+    const TCP_ULP: i32 = 31;
+    let mut c = w.pair();
+    w.far(&c, "put 100");
+    c.arrived(100);
+    let fd = c.fd;
+    let set = |name: &[u8]| {
+        let (p, n) = (name.as_ptr().cast(), name.len() as libc::socklen_t);
+        // SAFETY: a live name and its length.
+        let r = unsafe { libc::setsockopt(fd, libc::IPPROTO_TCP, TCP_ULP, p, n) };
+        if r < 0 { sys::errno_name(sys::errno()) } else { r.to_string() }
+    };
+    log!("unknown {}", set(b"none-such"));
+    log!("tls {}", set(b"tls"));
+    log!("{}", c.get(100));
+    w.still_good(&mut c);
+}
+
+static COUNT: AtomicU32 = AtomicU32::new(0);
+
+extern "C" fn count(_: i32) {
+    COUNT.fetch_add(1, Ordering::Relaxed);
+}
+
+fn signalled() -> bool {
+    for _ in 0..400 {
+        if COUNT.load(Ordering::Relaxed) > 0 {
+            return true;
+        }
+        sys::sleep_ms(5);
+    }
+    false
+}
+
+fn signal_of_choice(w: &World) {
+    const F_SETSIG: i32 = 10;
+    let mut c = w.pair();
+    sys::on_signal(libc::SIGUSR1, count, libc::SA_RESTART);
+    log!("{}", show(sys::fcntl(c.fd, F_SETSIG, libc::SIGUSR1)));
+    log!("{}", show(sys::fcntl(c.fd, libc::F_SETOWN, std::process::id() as i32)));
+    log!("FIOASYNC {:?}", sys::ioctl(c.fd, libc::FIOASYNC, 1));
+    for _ in 0..3 {
+        COUNT.store(0, Ordering::Relaxed);
+        w.far(&c, "put 10");
+        c.arrived(10);
+        log!("{} {}", signalled(), c.get(10));
+    }
+    w.still_good(&mut c);
+}
+
+fn signals_on_and_off(w: &World) {
+    let mut c = w.pair();
+    sys::on_signal(libc::SIGIO, count, libc::SA_RESTART);
+    log!("{}", show(sys::fcntl(c.fd, libc::F_SETOWN, std::process::id() as i32)));
+    let f = sys::fcntl(c.fd, libc::F_GETFL, 0).expect("F_GETFL") as i32;
+    log!("{}", show(sys::fcntl(c.fd, libc::F_SETFL, f | libc::O_ASYNC | libc::O_NONBLOCK)));
+    COUNT.store(0, Ordering::Relaxed);
+    w.far(&c, "put 10");
+    c.arrived(10);
+    log!("{} {}", signalled(), c.get(10));
+    // The end is signalled too.
+    COUNT.store(0, Ordering::Relaxed);
+    w.far(&c, "shutdown 1");
+    c.settle(libc::POLLRDHUP);
+    log!("{} {}", signalled(), show(sys::read(c.fd, &mut [0; 1])));
+    log!("{}", show(sys::fcntl(c.fd, libc::F_SETFL, f)));
+    log!("{}", c.put(100));
+    log!("far {}", w.far(&c, "get 100"));
+}
+
+fn recvmmsg_forms(w: &World) {
+    let mut c = w.pair();
+    let (mut x, mut y) = ([0; 10], [0; 10]);
+    let forone = libc::MSG_WAITFORONE;
+    w.far(&c, "put 10");
+    c.arrived(10);
+    let (r, n) = sys::recvmmsg(c.fd, &mut [&mut x, &mut y], forone);
+    log!("one {} {:?} {:?}", show(r), &n[..1], c.check(&x));
+    log!("none {}", show(sys::recvmmsg(c.fd, &mut [&mut x], forone | libc::MSG_DONTWAIT).0));
+    w.start_far(&c, "delayput 10 60");
+    let (r, n) = sys::recvmmsg(c.fd, &mut [&mut x, &mut y], forone | libc::MSG_WAITALL);
+    log!("late {} {:?} {:?} {}", show(r), &n[..1], c.check(&x), w.finish());
+    // At the end: no message, not an error.
+    w.far(&c, "put 5");
+    w.far(&c, "shutdown 1");
+    c.settle(libc::POLLRDHUP);
+    let (r, n) = sys::recvmmsg(c.fd, &mut [&mut x, &mut y], libc::MSG_DONTWAIT);
+    log!("at the end {} {n:?} {:?}", show(r), c.check(&x[..5]));
+    log!("{}", show(sys::recvmmsg(c.fd, &mut [&mut x], 0).0));
+    log!("bad fd {}", show(sys::recvmmsg(-1, &mut [&mut x], 0).0));
+}
+
+fn sendmmsg_partly(w: &World) {
+    let mut c = w.pair();
+    log!("{}", c.put(0));
+    let before = c.tx;
+    log!("{}", c.fill());
+    sys::set_nonblocking(c.fd, true);
+    log!("full {}", show(sys::sendmmsg(c.fd, &[&[1; 10], &[2; 10]]).0));
+    sys::set_nonblocking(c.fd, false);
+    let n = c.tx - before;
+    log!("{}", w.far(&c, &format!("get {n}")) == format!("got {n}"));
+    w.far(&c, "shutdown 0");
+    log!("{}", show(sys::shutdown(c.fd, libc::SHUT_WR)));
+    sys::on_signal(libc::SIGPIPE, count, 0);
+    log!(
+        "ended {} {}",
+        show(sys::sendmmsg(c.fd, &[&[1; 10]]).0),
+        sys::show_poll(sys::poll1(c.fd, POLLOUT, 0))
+    );
+    std::io::stdout().flush().expect("flush");
+}
+
+/// Calls whose arguments lie where `at` says; none is about a connection.
+fn calls_at(at: *mut c_void) {
+    let (ms, n) = (1, 9);
+    let mut short = libc::timeval { tv_sec: 0, tv_usec: 1 };
+    let time = libc::timespec { tv_sec: 0, tv_nsec: 1 };
+    let (tv, ts) = (&raw mut short, &raw const time);
+    let none = std::ptr::null_mut::<c_void>();
+    let mut p = libc::pollfd { fd: 0, events: 0, revents: 0 };
+    let unix = sys::unix_pair(libc::SOCK_DGRAM);
+    // SAFETY: all-zero is an empty message.
+    let mut m: libc::msghdr = unsafe { std::mem::zeroed() };
+    m.msg_control = at;
+    m.msg_controllen = 64;
+    // SAFETY: the point of these calls: the kernel answers EFAULT for an address that is not the program's.
+    let rs = unsafe {
+        [
+            ("poll", sys::res(libc::poll(at.cast(), n, ms))),
+            ("ppoll", sys::res(libc::ppoll(at.cast(), n, ts, none.cast()))),
+            ("read set", sys::res(libc::select(9, at.cast(), none.cast(), none.cast(), tv))),
+            ("write set", sys::res(libc::select(9, none.cast(), at.cast(), none.cast(), tv))),
+            ("set", sys::res(libc::pselect(9, none.cast(), none.cast(), at.cast(), ts, none.cast()))),
+            ("message", sys::res(libc::sendmsg(unix[0], at.cast(), 0) as i64)),
+            ("control", sys::res(libc::sendmsg(unix[0], &raw const m, 0) as i64)),
+            ("messages", sys::res(libc::sendmmsg(unix[0], at.cast(), 2, 0))),
+            ("to receive", sys::res(libc::recvmsg(unix[0], at.cast(), libc::MSG_DONTWAIT) as i64)),
+            ("vector", sys::res(libc::writev(unix[0], at.cast(), 2) as i64)),
+            ("address", sys::res(libc::connect(-1, at.cast(), 16))),
+        ]
+    };
+    for (name, r) in rs {
+        log!("{name} {}", show(r));
+    }
+    let (at, p) = (at as usize, (&raw mut p) as usize);
+    for (name, r) in [
+        ("clone3", number(libc::SYS_clone3, [at, 64, 0, 0, 0, 0])),
+        ("time of ppoll", number(libc::SYS_ppoll, [p, 1, at, 0, 0, 0])),
+        ("time of pselect6", number(libc::SYS_pselect6, [0, 0, 0, 0, at, 0])),
+        ("set of pselect6", number(libc::SYS_pselect6, [9, at, 0, 0, ts as usize, 0])),
+        #[cfg(target_arch = "x86_64")]
+        ("time of select", number(libc::SYS_select, [0, 0, 0, 0, at, 0])),
+    ] {
+        log!("{name} {}", show(r));
+    }
+}
+
+fn addresses_of_nothing(_: &World) {
+    // SAFETY: a page of its own that nobody may touch.
+    let page = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            4096,
+            libc::PROT_NONE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            -1,
+            0,
+        )
+    };
+    calls_at(page);
+}
+
+fn addresses_beyond_memory(w: &World) {
+    let mut c = w.pair();
+    for at in [8, usize::MAX - 7, 1 << 47] {
+        calls_at(std::ptr::without_provenance_mut(at));
+    }
+    w.still_good(&mut c);
+}

@@ -1,0 +1,178 @@
+//! What was measured, as a table for people, as JSON for programs, and in docs/PERFORMANCE.md.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::process::Stdio;
+
+use super::{Goal, Row};
+use crate::rounds::{Mode, Result};
+use crate::{section, shell};
+
+const BEGIN: &str = "<!-- measured: begin (written by `cargo xtask bench --docs`) -->";
+const END: &str = "<!-- measured: end -->";
+
+/// The commit, and whether the checkout differs from it.
+fn commit() -> String {
+    let out = std::process::Command::new("git")
+        .args(["describe", "--always", "--dirty", "--exclude=*"])
+        .current_dir(shell::root())
+        .stderr(Stdio::null())
+        .output();
+    out.map_or_else(|_| String::new(), |o| String::from_utf8_lossy(&o.stdout).trim().to_owned())
+}
+
+/// Three digits that count.
+pub fn short(v: f64) -> String {
+    match v.abs() {
+        a if !a.is_finite() => "-".into(),
+        a if a >= 100.0 => format!("{v:.0}"),
+        a if a >= 10.0 => format!("{v:.1}"),
+        _ => format!("{v:.2}"),
+    }
+}
+
+fn cell(row: &Row, mode: Mode) -> String {
+    row.median(mode).map_or_else(|| "-".into(), short)
+}
+
+fn goal(row: &Row) -> String {
+    let text = match row.goal {
+        Goal::Any => return String::new(),
+        Goal::Times(n) => format!("{}x", short(n)),
+        Goal::More(n) => format!("+{}", short(n)),
+    };
+    match row.reached() {
+        Some(false) => format!("{text} MISSED"),
+        _ => text,
+    }
+}
+
+/// For a terminal.
+pub fn table(rows: &[Row]) -> String {
+    let mut out = String::new();
+    for r in rows {
+        let _ = write!(out, "{:<12}{:<24}{:<9}", r.case, r.measure.name, r.measure.unit);
+        for (mode, _) in &r.values {
+            let _ = write!(out, " {} {:<8}", mode.name(), cell(r, *mode));
+        }
+        let spread = |t: [f64; 3]| format!("{}x [{} {}]", short(t[1]), short(t[0]), short(t[2]));
+        let _ = write!(out, " {}", r.times(Mode::Libsmc, Mode::Tcp).map_or_else(String::new, spread));
+        if let Some(t) = r.times(Mode::Libsmc, Mode::Before) {
+            let _ = write!(out, " of before {}", spread(t));
+        }
+        let _ = writeln!(out, " {}", goal(r));
+    }
+    out
+}
+
+fn markdown(rows: &[Row]) -> String {
+    let mut out = String::from(
+        "| case | measure | unit | TCP | Unix | libsmc | limit | times TCP | rounds | asked |\n\
+         | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n",
+    );
+    for r in rows {
+        let t = r.times(Mode::Libsmc, Mode::Tcp).unwrap_or([f64::NAN; 3]);
+        let cells = [Mode::Tcp, Mode::Unix, Mode::Libsmc, Mode::Limit].map(|m| cell(r, m)).join(" | ");
+        let _ = writeln!(
+            out,
+            "| {} | {} | {} | {cells} | {} | {} to {} | {} |",
+            r.case,
+            r.measure.name,
+            r.measure.unit,
+            short(t[1]),
+            short(t[0]),
+            short(t[2]),
+            goal(r)
+        );
+    }
+    out
+}
+
+/// Puts the table into docs/PERFORMANCE.md.
+pub fn update(rows: &[Row]) -> Result<()> {
+    let path = shell::root().join("docs/PERFORMANCE.md");
+    let text = fs::read_to_string(&path)?;
+    let new = format!("{}; commit {}.\n\n{}", section::machine(), commit(), markdown(rows).trim_end());
+    let text =
+        section::replaced(&text, BEGIN, END, &new).ok_or("docs/PERFORMANCE.md has no measured section")?;
+    fs::write(&path, text)?;
+    println!("docs/PERFORMANCE.md: the measured section is new");
+    Ok(())
+}
+
+/// A number, or null for what is none in JSON.
+fn number(v: f64) -> String {
+    if v.is_finite() { format!("{v}") } else { "null".into() }
+}
+
+fn list(values: &[f64]) -> String {
+    values.iter().map(|v| number(*v)).collect::<Vec<_>>().join(",")
+}
+
+/// Names and units hold nothing that JSON would want escaped; the machine's name might.
+fn plain(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control() && !"\"\\".contains(*c)).collect()
+}
+
+pub fn json(rows: &[Row], quick: bool) -> String {
+    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let mut out = format!(
+        "{{\"machine\":\"{}\",\"commit\":\"{}\",\"loadavg\":\"{}\",\"quick\":{quick},\"measures\":[\n",
+        plain(&section::machine()),
+        plain(&commit()),
+        plain(load.trim())
+    );
+    for (i, r) in rows.iter().enumerate() {
+        let goal = match r.goal {
+            Goal::Any => "null".into(),
+            Goal::Times(n) => format!("{{\"times\":{n}}}"),
+            Goal::More(n) => format!("{{\"more\":{n}}}"),
+        };
+        let modes: Vec<String> = r
+            .values
+            .iter()
+            .map(|(m, v)| {
+                let median = number(r.median(*m).unwrap_or(f64::NAN));
+                format!("\"{}\":{{\"median\":{median},\"values\":[{}]}}", m.name(), list(v))
+            })
+            .collect();
+        let times = r.times(Mode::Libsmc, Mode::Tcp).map_or_else(String::new, |t| list(&t));
+        let _ = write!(
+            out,
+            "{}{{\"case\":\"{}\",\"measure\":\"{}\",\"unit\":\"{}\",\"less_is_better\":{},\"goal\":{goal},\
+             \"reached\":{},\"times_tcp\":[{times}],\"modes\":{{{}}}}}",
+            if i == 0 { "" } else { ",\n" },
+            r.case,
+            r.measure.name,
+            r.measure.unit,
+            r.measure.less_is_better,
+            r.reached().map_or_else(|| "null".into(), |b| b.to_string()),
+            modes.join(",")
+        );
+    }
+    out + "\n]}\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rounds::Measure;
+
+    #[test]
+    fn what_is_no_number_is_null() {
+        let row = Row {
+            case: "c",
+            measure: Measure { name: "m", unit: "u", less_is_better: false },
+            goal: Goal::Times(2.0),
+            values: vec![(Mode::Tcp, vec![0.0]), (Mode::Libsmc, vec![0.0])],
+        };
+        let json = json(&[row], true);
+        assert!(json.contains("\"times_tcp\":[null,null,null]"), "{json}");
+        assert!(!json.contains("NaN") && !json.contains("inf"));
+    }
+
+    #[test]
+    fn numbers_have_three_digits() {
+        assert_eq!([1234.5, 12.345, 1.2345].map(short), ["1234", "12.3", "1.23"]);
+    }
+}

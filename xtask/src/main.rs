@@ -1,0 +1,97 @@
+//! Build tasks: one subcommand per check, `test` for all of them, and the demonstration.
+//!
+//! No dependencies, so that the first `cargo xtask` of a fresh checkout compiles in a second or two.
+
+// A command-line tool: its output is its purpose.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod bench;
+mod checks;
+mod demo;
+mod packages;
+mod rounds;
+mod section;
+mod shell;
+mod tally;
+mod vm;
+
+use std::process::ExitCode;
+
+use checks::Check;
+
+const HELP: &str = "\
+cargo xtask COMMAND
+
+  demo          build, then run unmodified programs on TCP and under libsmc
+      --quick        one short round of each
+      --no-install   do not install redis, iperf3 and sockperf (Debian, root)
+      --readme       put the table into README.md
+  bench [NAME…] measure against TCP, Unix sockets and the machine's limits, in turn (`--list`: what)
+      --quick        fewer, shorter rounds
+      --no-install   do not install the programs that are measured (Debian, root)
+      --before LIB   another build of libsmc.so to compare with
+      --docs         put the table into docs/PERFORMANCE.md
+  test          everything below; ends with `N passed, N failed`
+      --no-install   do not install the programs the end-to-end tests use
+
+  fmt           cargo fmt --check
+  clippy        no warnings, all targets
+  build         cargo build --release
+  unit          unit tests and documentation tests
+  loom          the models: every interleaving of the lock-free parts
+  weak          the same models with one ordering or guard weakened: each must fail
+  e2e           top-level tests/: unmodified programs under libsmc.so
+  rdma          rdma/: verbs and the kernel's SMC-R, in a VM with Soft-RoCE (Debian, root)
+
+  vm COMMAND…   runs a command in that VM, with this machine's files
+      --timeout S    seconds, its boot included (300)";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let (command, options) = args.split_first().map_or(("help", &[][..]), |(c, o)| (*c, o));
+    if command == "bench" {
+        return bench::main(options);
+    }
+    if command == "vm" {
+        return vm::main(options);
+    }
+    let known: &[&str] = match command {
+        "demo" => &["--quick", "--no-install", "--readme"],
+        "test" | "e2e" => &["--no-install"],
+        _ => &[],
+    };
+    if let Some(bad) = options.iter().find(|o| !known.contains(o)) {
+        eprintln!("xtask: {command} has no option {bad}\n\n{HELP}");
+        return ExitCode::from(2);
+    }
+    let install = !options.contains(&"--no-install");
+    match command {
+        "demo" => {
+            let options = demo::Options {
+                install,
+                quick: options.contains(&"--quick"),
+                readme: options.contains(&"--readme"),
+            };
+            match demo::run(&options) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(e) => {
+                    eprintln!("xtask demo: {e}");
+                    ExitCode::FAILURE
+                }
+            }
+        }
+        "test" => checks::run(&Check::ALL, install),
+        "help" | "--help" | "-h" => {
+            println!("{HELP}");
+            ExitCode::SUCCESS
+        }
+        name => match Check::ALL.into_iter().find(|c| c.name() == name) {
+            Some(check) => checks::run(&[check], install),
+            None => {
+                eprintln!("xtask: unknown command {name}\n\n{HELP}");
+                ExitCode::from(2)
+            }
+        },
+    }
+}
