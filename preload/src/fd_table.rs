@@ -503,6 +503,19 @@ fn let_go(fd: i32, r: Ref) -> bool {
     if !done || !crate::hooks::epoll::let_go(&r) {
         return false;
     }
+    unname(&r);
+    r.last.store(r.sock.given_back().into(), Release);
+    true
+}
+
+/// The connection is in no epoll set, and its numbers name something else by now: it lives on in another process.
+pub fn abandon(r: &Ref) {
+    unname(r);
+    r.last.store(r.sock.abandon().into(), Release);
+}
+
+/// No number leads to the entry any more.
+fn unname(r: &Ref) {
     let mut at = 0;
     while let Some(n) = (at..=HIGHEST.load(Relaxed) as i32).find(|n| names(*n, r.id())) {
         at = n + 1;
@@ -515,8 +528,6 @@ fn let_go(fd: i32, r: Ref) -> bool {
             r.fds.fetch_sub(1, AcqRel);
         }
     }
-    r.last.store(r.sock.given_back().into(), Release);
-    true
 }
 
 /// The lowest fd of ours (the program's, not internal) in `from..=to`.

@@ -25,12 +25,13 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(positions_by_number),
     s!(linux_aio),
     s!(linux_aio_in_the_middle),
-    s!(linux_aio_with_bytes_waiting).open("the peer must act to move them"),
+    s!(linux_aio_with_bytes_waiting),
     s!(posix_aio),
-    s!(posix_aio_with_bytes_waiting).open("the peer must act to move them"),
+    s!(posix_aio_with_bytes_waiting).procs(),
+    s!(posix_aio_beside_a_thread).procs().open("the peer must act to move what waits"),
     s!(ring_made_before),
     s!(ring_made_in_the_middle),
-    s!(ring_made_with_bytes_waiting).open("the peer must act to move them"),
+    s!(ring_made_with_bytes_waiting),
     s!(zerocopy_in_the_middle),
     s!(zerocopy_allowed_and_not_used),
     s!(filter_attached),
@@ -412,6 +413,15 @@ fn posix_aio_with_bytes_waiting(w: &World) {
     w.still_good(&mut c);
 }
 
+/// As above, in a program with another thread, which may use any number at any time.
+fn posix_aio_beside_a_thread(w: &World) {
+    let (stop, stopped) = std::sync::mpsc::channel::<()>();
+    let t = std::thread::spawn(move || _ = stopped.recv());
+    posix_aio_with_bytes_waiting(w);
+    drop(stop);
+    t.join().expect("it only waits");
+}
+
 /// A ring of io_uring made by its system calls alone: one operation at a time.
 struct Uring {
     fd: i32,
@@ -501,8 +511,12 @@ fn ring_made_in_the_middle(w: &World) {
     }
 }
 
+/// With a number above the peer's, which may be this process's too: then that end comes first.
 fn ring_made_with_bytes_waiting(w: &World) {
     let mut c = w.pair();
+    let high = sys::fcntl(c.fd, libc::F_DUPFD, 500).expect("F_DUPFD") as i32;
+    sys::close(c.fd).expect("close");
+    c.fd = high;
     w.far(&c, "put 500");
     c.arrived(500);
     match Uring::new() {

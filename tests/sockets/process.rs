@@ -56,9 +56,10 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(exec_then_the_peer_exits).procs(),
     s!(exec_after_the_peer_has_ended).procs(),
     s!(exec_after_the_peer_has_gone_back).procs(),
-    s!(exec_with_an_idle_peer)
-        .procs()
-        .open("dup2 onto 0 has asked the peer for the bytes, and it makes no call"),
+    s!(exec_with_an_idle_peer).procs(),
+    s!(stdin_with_an_idle_peer).procs(),
+    s!(stdin_of_a_killed_peer).procs(),
+    s!(fdopen_with_an_idle_peer).procs(),
     s!(exec_in_place).procs(),
     s!(vfork_exec).procs(),
     s!(spawn_cat).procs(),
@@ -982,6 +983,66 @@ fn exec_after_the_peer_has_gone_back(w: &World) {
 
 fn exec_with_an_idle_peer(_: &World) {
     exec_with(false, true);
+}
+
+/// What is done with a connection that has ten bytes waiting and whose peer makes no call, in a process with no other
+/// thread: stdio reads by names that no library sees.
+fn with_an_idle_peer(kill: bool, what: impl FnOnce(&End)) {
+    let (l, port) = listener(&address("4", 0), 10);
+    let gate = sys::pipe();
+    let peer = idle_peer(port, gate[0]);
+    let mut e = End::new(sys::accept(l, None).expect("accept") as i32);
+    for _ in 0..200 {
+        e.get(1);
+        e.put(1);
+    }
+    e.arrived(10);
+    what(&e);
+    if kill {
+        sys::kill(peer, libc::SIGKILL);
+    } else {
+        sys::write(gate[1], b"x").expect("write");
+    }
+    log!("{}", sys::wait(peer));
+}
+
+unsafe extern "C" {
+    fn getchar() -> i32;
+}
+
+fn from_stdin(n: usize) -> String {
+    // SAFETY: no other thread is in stdio.
+    (0..n).map(|_| u8::try_from(unsafe { getchar() }).map_or('!', char::from)).collect()
+}
+
+fn stdin_with_an_idle_peer(_: &World) {
+    with_an_idle_peer(false, |e| {
+        log!("{} {}", show(sys::dup2(e.fd, 0)), show(sys::close(e.fd)));
+        let mut b = [0; 4];
+        log!("{} {:?}", show(sys::read(0, &mut b)), String::from_utf8_lossy(&b));
+        log!("{:?}", from_stdin(6));
+        log!("{}", show(sys::write(0, b"thanks")));
+    });
+    log!("{:?}", from_stdin(1));
+}
+
+fn stdin_of_a_killed_peer(_: &World) {
+    with_an_idle_peer(true, |e| {
+        log!("{} {}", show(sys::dup2(e.fd, 0)), show(sys::close(e.fd)));
+    });
+    log!("{:?}", from_stdin(11));
+}
+
+fn fdopen_with_an_idle_peer(_: &World) {
+    with_an_idle_peer(false, |e| {
+        let mut b = [0u8; 11];
+        // SAFETY: the scenario hands the fd over to stdio; `b` has room.
+        unsafe {
+            let f = libc::fdopen(e.fd, c"r".as_ptr());
+            libc::fgets(b.as_mut_ptr().cast(), 11, f);
+        }
+        log!("{:?}", String::from_utf8_lossy(&b));
+    });
 }
 
 /// The process that owns the connection execs itself, without fork.

@@ -1,7 +1,7 @@
 //! POSIX AIO: libc's threads read and write by names that can't be hooked, so the stream goes back to TCP first.
 
 use super::data::{alias, hook};
-use super::sockets::hand_over;
+use super::sockets::hand_over_here;
 use crate::fd_table;
 use crate::real::real;
 use engine::reason::Reason;
@@ -12,7 +12,7 @@ fn outside(fd: c_int) {
     let Some(e) = fd_table::stream(fd) else { return };
     if !e.sock.is_plain() {
         let errno = crate::hook::errno();
-        hand_over(&e, fd, Reason::AsyncIo);
+        hand_over_here(&e, fd, Reason::AsyncIo);
         crate::hook::set_errno(errno);
     }
 }

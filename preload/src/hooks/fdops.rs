@@ -2,8 +2,8 @@
 
 use super::data::{alias, hook};
 use super::making::{made, made_from};
-use super::relay::Relay;
-use super::sockets::{back_to_tcp, hand_over};
+use super::relay::{Relay, take_over};
+use super::sockets::{back_to_tcp, hand_over, hand_over_here};
 use crate::fd_table;
 use crate::hook::{errno, fail, given, plausible, set_errno};
 use crate::real::real;
@@ -20,9 +20,11 @@ fn duplicated(old: c_int, new: c_int) {
     if new <= 2 {
         super::process::placed(new);
         // Standard input or output: stdio and exec'd programs use it without us.
+        if take_over(&e, new) {
+            return;
+        }
         hand_over(&e, old, Reason::LowFd);
-        // The peer has ended its stream in the ring: nobody can move that any more, so it is read from there. An idle one
-        // has been asked to, though a relay could give it to a program at once: stdio may be what reads, in this one.
+        // The peer has ended its stream in the ring: nobody can move that any more, so it is read from there.
         if !e.sock.rx_in_ring() && !e.sock.strands(false) {
             return;
         }
@@ -182,7 +184,7 @@ hook! {
     /// fdopen(3): stdio reads and writes by names that can't be hooked.
     fn fdopen(fd: c_int, mode: *const c_char) -> *mut FILE {
         if let Some(e) = fd_table::stream(fd) {
-            hand_over(&e, fd, Reason::Stdio);
+            hand_over_here(&e, fd, Reason::Stdio);
         }
         real!(fdopen(fd => c_int, mode => *const c_char) -> *mut FILE)
     }

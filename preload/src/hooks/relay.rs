@@ -14,6 +14,8 @@
 //! fcntl(2) is the process's own: a child that another thread forks meanwhile does not keep it. Before that the relay
 //! touches nothing, so an exec that fails is undone by [`Relay::undo`] and nobody has seen anything. Likewise for a
 //! connection that is passed by SCM_RIGHTS: the relay begins when the sender has closed its own ([`Relay::inherits`]).
+//! And for what reads in this process without us, such as stdio: the numbers name the relay's connection from then on,
+//! and it begins at once ([`take_over`]).
 //!
 //! It has a session and a parent of its own (it is forked twice), no descriptors but those it needs, and ends with the
 //! connection: the end of the stream goes each way by shutdown(2), and a reset by SO_LINGER.
@@ -101,11 +103,36 @@ impl Relay {
         self.put_back();
     }
 
+    /// As [`go`](Self::go), and the numbers go on naming the program's end.
+    fn for_good(mut self) {
+        self.numbers.clear();
+    }
+
     /// The relay begins when this process has closed the connection, or has ended: until then what is unread is its.
     pub fn inherits(self) {
         let e = self.e.clone();
         e.leave_to(self.word);
     }
+}
+
+/// Before somebody in this process reads the connection who does not see the ring: if bytes lie there that the peer
+/// moves into TCP at its next call only, whenever that is, a relay goes on with it, and the program with an end of the
+/// relay's under all numbers of the connection, `fd` among them, which are plain TCP from then on. False: there is no
+/// need, or it can't be had (another thread may use the numbers, an epoll set knows them); nothing has changed.
+#[cold]
+pub fn take_over(e: &Ref, fd: c_int) -> bool {
+    if !e.sock.strands(true) || e.has_heir() || e.members.is_in_any() || sys::threads() != Some(1) {
+        return false;
+    }
+    let mut numbers: Vec<_> =
+        fd_table::numbers().into_iter().filter(|n| fd_table::names(*n, e.id())).collect();
+    if !numbers.contains(&fd) {
+        numbers.push(fd);
+    }
+    let Some(relay) = Relay::in_place(e, &numbers) else { return false };
+    fd_table::abandon(e);
+    relay.for_good();
+    true
 }
 
 /// An owned descriptor from a result of ours.

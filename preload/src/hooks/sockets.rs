@@ -51,6 +51,16 @@ pub fn hand_over(e: &Ref, fd: c_int, why: Reason) {
     e.sock.settle(fd);
 }
 
+/// As [`hand_over`], before somebody in this process reads and writes by a way that we do not see. True: a
+/// [relay](super::relay) has the connection, and no number of this process names it any more.
+pub fn hand_over_here(e: &Ref, fd: c_int, why: Reason) -> bool {
+    let relayed = super::relay::take_over(e, fd);
+    if !relayed {
+        hand_over(e, fd, why);
+    }
+    relayed
+}
+
 hook! {
     /// connect(2).
     fn connect(fd: c_int, addr: *const sockaddr, len: socklen_t) -> c_int {

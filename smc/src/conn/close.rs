@@ -256,6 +256,13 @@ impl Socket {
         self.slot().is_none_or(|s| self.let_go(s) <= 1)
     }
 
+    /// This process has no fd of the socket any more, which lives on with another holder. Returns whether there is none.
+    pub fn abandon(&self) -> bool {
+        self.bar_handshake();
+        self.closed.store(1, Release);
+        self.given_back()
+    }
+
     /// Back on TCP for somebody who does not know us: nothing may be left on the way.
     pub fn settle(&self, fd: i32) {
         self.finish_flush(fd);

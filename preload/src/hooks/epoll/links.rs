@@ -100,6 +100,11 @@ impl Members {
         }
     }
 
+    /// Whether it is in a set.
+    pub fn is_in_any(&self) -> bool {
+        self.count.load(Acquire) != 0
+    }
+
     /// In no set any more. Sets do not look at the connection after this.
     pub fn clear(&self) {
         if self.count.load(Acquire) == 0 {
