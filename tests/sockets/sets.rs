@@ -23,6 +23,7 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(nested_many_edges),
     s!(nested_three_deep),
     s!(nested_in_two),
+    s!(nested_and_the_peer_leaves),
     s!(one_in_ten_sets),
     s!(bad_events_pointer),
     s!(bad_event_pointer),
@@ -152,6 +153,9 @@ fn child_changes_the_parents_set(w: &World) {
     log!("{}", sys::wait(pid));
     log!("{} {}", soon(ep), c.get(5));
 }
+
+/// The peer goes back to TCP: SO_PEEK_OFF, off as it is anyway.
+const LEAVES: &str = "setopt 1 42 -1";
 
 /// Made before the program went into the background: nobody else uses it there.
 fn daemon_takes_the_set_along(w: &World) {
@@ -377,6 +381,30 @@ fn nested_in_two(w: &World) {
     log!("{} {}", soon(b), now(a));
     log!("{} {}", show(sys::close(inner)), now(b));
     log!("{}", c.get(5));
+}
+
+/// What ends of a connection tell each other is nothing for the program to wake up for.
+fn nested_and_the_peer_leaves(w: &World) {
+    for kind in 0..3 {
+        let mut c = w.pair();
+        let (inner, middle, outer) = (sys::epoll_create(), sys::epoll_create(), sys::epoll_create());
+        sys::epoll_add(inner, c.fd, EPOLLIN, 1);
+        sys::epoll_add(middle, inner, EPOLLIN, 2);
+        sys::epoll_add(outer, middle, EPOLLIN, 3);
+        w.start_far(&c, LEAVES);
+        match kind {
+            0 => log!("{}", show_epoll(sys::epoll_wait(outer, 8, 300))),
+            1 => log!("{}", show_poll(sys::poll1(middle, POLLIN, 300))),
+            _ => log!("{}", show(sys::select_read(&[inner], std::time::Duration::from_millis(300)).0)),
+        }
+        log!("{} {} {}", w.finish(), now(outer), show_poll(sys::poll1(inner, POLLIN, 0)));
+        for _ in 0..2 {
+            w.start_far(&c, "delayput 5 40");
+            log!("{} {} {}", soon(outer), show_poll(sys::poll1(middle, POLLIN, -1)), soon(inner));
+            log!("{} {}", c.get(5), w.finish());
+            log!("{} {}", now(outer), show_poll(sys::poll1(inner, POLLIN, 0)));
+        }
+    }
 }
 
 fn one_in_ten_sets(w: &World) {

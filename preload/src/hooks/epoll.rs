@@ -32,6 +32,11 @@
 //!   that needs a doorbell sees the count or is seen by the sleeper.
 //! - A set in another set, a poll or a select is taken to have a sleeper always.
 //!
+//! Nor is one made up. A doorbell may ring with nothing for the program: an end that goes back to TCP rings before its
+//! bytes come there, and one that asks its peer back rings whether that is armed or not. A wait on the set itself empties
+//! it and sleeps on. From outside the kernel's set looks readable: who looks there, at any depth, empties such doorbells
+//! before; who sleeps there waits for the set by poll(2), and takes nothing from it before he has emptied them.
+//!
 //! Kernel events do not starve: while members are ready the kernel is asked every few waits, whenever some
 //! time has passed, as long as it has something, before polling, and at once where a ring can't say all that
 //! was asked (the peer has left it, or one direction is on TCP). When the kernel fills a result the next one
@@ -169,6 +174,15 @@ impl Call {
         }
     }
 
+    /// Sleeps until the set has something, which is left there, or as long as is left.
+    fn until_readable(&self, epfd: c_int, left: Option<u64>) -> c_int {
+        let mask = match *self {
+            Call::Wait(_) => std::ptr::null(),
+            Call::Pwait(_, mask) | Call::Pwait2(_, mask) => mask,
+        };
+        super::ready::until_readable(epfd, left, mask)
+    }
+
     /// The call with the time that is left.
     fn rest(&self, epfd: c_int, events: *mut epoll_event, max: c_int, left: Option<u64>) -> c_int {
         match *self {
@@ -219,12 +233,10 @@ unsafe fn wait(epfd: c_int, events: *mut epoll_event, max: c_int, call: Call) ->
         return wait_with(&e, &|| call.whole(epfd, events, max));
     }
     e.set.is_called(epfd);
-    if e.set.has_inner() {
-        show_inner(&e);
-    }
+    let inner = e.set.has_inner() && show_inner(&e);
     // SAFETY: as the caller vouches.
     let out = unsafe { Out::new(events, max as usize) };
-    if e.set.is_watching() {
+    if inner || e.set.is_watching() {
         return Waiting { e: &e, epfd, out, call, asked: Cell::new(false) }.run(None);
     }
     // ORDERING [epoll.watch] SeqCst; pairs with the fence in `Set::watch`.
@@ -328,6 +340,17 @@ impl Waiting<'_> {
             }
             let left = deadline.map(|d| d.saturating_sub(sys::now_ns()));
             let (p, max) = (self.out.ptr(), self.out.max as c_int);
+            if set.has_inner() && rings_inside(self.e.entry()) {
+                let n = asleep(self.e, true, &|| self.call.until_readable(self.epfd, left));
+                set.wake_up();
+                if n < 0 {
+                    return n;
+                }
+                // What has woken it may have been a doorbell in an inner set, with nothing for the program.
+                show_inner(self.e);
+                k = Some(self.ask_kernel(0));
+                continue;
+            }
             let n = asleep(self.e, true, &|| self.call.rest(self.epfd, p, max, left));
             set.wake_up();
             if n <= 0 {
@@ -563,13 +586,68 @@ pub(super) fn progress(r: &Ref, fd: c_int) {
 /// Members of a nested set whose doorbells are looked after under one lock.
 const NESTED: usize = 64;
 
-/// The set is about to be looked at from outside (another set, poll, select): the kernel must know what is
-/// ready in it, from now on always, and no more than that.
-pub(super) fn show_outside(e: &Ref) {
-    e.set.set_nested();
-    if e.set.is_watching() {
-        show(e.entry());
+/// Sets in sets in sets: at most so many (EP_MAX_NESTS, fs/eventpoll.c, and the innermost).
+const DEEPEST: u32 = 5;
+
+/// Calls `f` for a set and those in it, as deep as they go.
+fn each_inside(e: &'static Entry, deep: u32, f: &mut dyn FnMut(&'static Entry)) {
+    f(e);
+    if deep == 1 || !e.set.has_inner() {
+        return;
     }
+    let mut at = 0;
+    loop {
+        // One at a time: no two sets are locked at once.
+        let inner = e.set.locked().and_then(|s| s.inner_sets.get(at).copied());
+        let Some(inner) = inner else { return };
+        at += 1;
+        each_inside(inner, deep - 1, f);
+    }
+}
+
+/// Whether the set, or one in it, has doorbells.
+fn rings_inside(e: &'static Entry) -> bool {
+    let mut any = false;
+    each_inside(e, DEEPEST, &mut |inner| any |= inner.set.is_watching());
+    any
+}
+
+/// The set is about to be looked at from outside (another set, poll, select): the kernel must know what is
+/// ready in it, from now on always, and no more than that. Whether it, or a set in it, has doorbells.
+pub(super) fn show_outside(e: &Ref) -> bool {
+    e.set.set_nested();
+    show_all(e.entry())
+}
+
+fn show_all(e: &'static Entry) -> bool {
+    let mut any = false;
+    each_inside(e, DEEPEST, &mut |inner| {
+        if inner.set.is_watching() {
+            any = true;
+            show(inner);
+        }
+    });
+    any
+}
+
+/// The kernel says that the set `fd` has something: whether that is so for the program as well. It may have been a
+/// doorbell that has rung with nothing for the program, as when the peer goes back to TCP; that is emptied then, and
+/// the kernel asked again.
+#[cold]
+pub(super) fn has_something(e: &Ref, fd: c_int) -> bool {
+    let (mut any, mut ready) = (false, false);
+    each_inside(e.entry(), DEEPEST, &mut |inner| {
+        if inner.set.is_watching() {
+            any = true;
+            ready |= inner.set.locked().is_none_or(|mut s| s.has_pending());
+        }
+    });
+    if !any || ready {
+        return true;
+    }
+    show_all(e.entry());
+    let mut p = [libc::pollfd { fd, events: libc::POLLIN, revents: 0 }];
+    sys::poll(&mut p, Some(0)) != 0
 }
 
 #[cold]
@@ -599,19 +677,17 @@ fn show(e: &'static Entry) {
     }
 }
 
-/// The sets in this one are about to be looked at by the kernel.
+/// The sets in this one are about to be looked at by the kernel. Whether one of them has doorbells.
 #[cold]
-fn show_inner(e: &Ref) {
-    let mut at = 0;
-    loop {
-        // One at a time: no two sets are locked at once.
-        let inner = e.set.locked().and_then(|s| s.inner_sets.get(at).copied());
-        let Some(inner) = inner else { return };
-        at += 1;
-        if inner.set.is_watching() {
+fn show_inner(e: &Ref) -> bool {
+    let mut any = false;
+    each_inside(e.entry(), DEEPEST, &mut |inner| {
+        if inner.id() != e.id() && inner.set.is_watching() {
+            any = true;
             show(inner);
         }
-    }
+    });
+    any
 }
 
 #[cfg(test)]

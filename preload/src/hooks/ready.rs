@@ -148,7 +148,7 @@ enum Found {
     Nothing,
     /// Connections on TCP.
     Tcp,
-    /// A connection that may use the ring.
+    /// A connection that may use the ring, or a set that such are in.
     Ring,
 }
 
@@ -183,11 +183,13 @@ struct Watches {
     n: usize,
     /// fds in the list that are not connections of ours.
     others: usize,
+    /// Epoll sets among them that have doorbells, in them or in sets in them.
+    sets: usize,
 }
 
 impl Watches {
     fn none() -> Self {
-        Watches { few: [const { None }; FEW], many: Vec::new(), n: 0, others: 0 }
+        Watches { few: [const { None }; FEW], many: Vec::new(), n: 0, others: 0, sets: 0 }
     }
 
     fn all(&mut self) -> impl Iterator<Item = &mut Watch> {
@@ -229,11 +231,13 @@ impl Watches {
                 }
                 Some(e) => {
                     self.others += 1;
-                    epoll::show_outside(&e);
+                    self.sets += usize::from(epoll::show_outside(&e));
                 }
             }
         }
-        if self.n == 0 {
+        if self.sets > 0 {
+            Found::Ring
+        } else if self.n == 0 {
             Found::Nothing
         } else if self.all().any(|w| w.e.sock.needs_bell() || w.e.sock.may_be_reset()) {
             Found::Ring
@@ -381,9 +385,22 @@ impl Watches {
         n
     }
 
+    /// The kernel takes a set for readable when a doorbell in it has rung, which need not be for the program.
+    fn judge_sets(&self, kernel: &mut [pollfd]) {
+        if self.sets == 0 {
+            return;
+        }
+        for p in kernel.iter_mut().filter(|p| p.revents & IN != 0) {
+            if fd_table::epoll(p.fd).is_some_and(|e| !epoll::has_something(&e, p.fd)) {
+                p.revents = 0;
+            }
+        }
+    }
+
     /// The answer: the kernel's list merged with the rings. How many fds have something.
-    fn merge(&mut self, fds: &mut [pollfd], kernel: &[pollfd]) -> c_int {
-        for (p, k) in fds.iter_mut().zip(kernel) {
+    fn merge(&mut self, fds: &mut [pollfd], kernel: &mut [pollfd]) -> c_int {
+        self.judge_sets(kernel);
+        for (p, k) in fds.iter_mut().zip(kernel.iter()) {
             p.revents = k.revents;
         }
         for w in self.all() {
@@ -499,7 +516,7 @@ fn wait(fds: &mut [pollfd], watches: &mut Watches, time: Option<u64>, mask: *con
             // The kernel has been told since, and has more to say.
             continue;
         }
-        let found = watches.merge(fds, &list[..n_fds]);
+        let found = watches.merge(fds, &mut list[..n_fds]);
         if found > 0 || r == 0 {
             return found;
         }
@@ -556,6 +573,9 @@ fn polled(
     list: &mut [pollfd],
     left: Option<u64>,
 ) -> Option<c_int> {
+    if watches.n == 0 {
+        return None;
+    }
     let beside = watches.beside_peer();
     HABIT.with(|habit| {
         let mut spin = habit.begin(beside, left)?;
@@ -581,10 +601,22 @@ fn polled(
     })
 }
 
+/// Sleeps in libc's ppoll until the epoll set has something, or as long as is left.
+pub(super) fn until_readable(epfd: c_int, left: Option<u64>, mask: *const sigset_t) -> c_int {
+    let ts = left.map(to_timespec);
+    let p = ts.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    let mut set = pollfd { fd: epfd, events: libc::POLLIN, revents: 0 };
+    let fds = &raw mut set;
+    real!(ppoll(fds => *mut pollfd, 1 => nfds_t, p => *const timespec, mask => *const sigset_t) -> c_int)
+}
+
+fn to_timespec(ns: u64) -> timespec {
+    timespec { tv_sec: (ns / 1_000_000_000) as i64, tv_nsec: (ns % 1_000_000_000) as i64 }
+}
+
 /// Sleeps in libc's ppoll: its cancellation point, its signal mask, its EINTR.
 fn sleep(watches: &mut Watches, list: &mut [pollfd], left: Option<u64>, mask: *const sigset_t) -> c_int {
-    let ts =
-        left.map(|n| timespec { tv_sec: (n / 1_000_000_000) as i64, tv_nsec: (n % 1_000_000_000) as i64 });
+    let ts = left.map(to_timespec);
     let p = ts.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
     let (fds, n) = (list.as_mut_ptr(), list.len() as nfds_t);
     let call = || real!(ppoll(fds => *mut pollfd, n => nfds_t, p => *const timespec, mask => *const sigset_t) -> c_int);

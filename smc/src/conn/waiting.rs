@@ -699,6 +699,12 @@ impl Socket {
         self.mapped().is_some_and(|m| m.me.ctl.ctl.load(Acquire) & (rx | tx) == rx | tx)
     }
 
+    /// Whether the peer has asked to go back to TCP: then it rings whether this side is armed or not.
+    #[inline]
+    pub fn is_asked(&self) -> bool {
+        self.mapped().is_some_and(|m| doorbell::asked(m.peer))
+    }
+
     /// Producer's and consumer's cursors as they stand: they change when something has happened. That the stream
     /// leaves the ring is nothing new to read.
     #[inline]

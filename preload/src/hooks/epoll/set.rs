@@ -167,6 +167,8 @@ pub(super) struct Member {
     /// Id under which the doorbell is in the kernel's set: own, or that of another fd of the description.
     pub bell: Option<u32>,
     kicked: bool,
+    /// What its doorbell was armed for last.
+    armed: u32,
     hot: bool,
     on_tcp: bool,
     resting: bool,
@@ -208,6 +210,7 @@ impl Member {
             kernel_data: 0,
             bell: None,
             kicked: false,
+            armed: 0,
             hot: false,
             on_tcp: false,
             resting: false,
@@ -284,7 +287,18 @@ impl Member {
         if self.events & OUT != 0 && e.sock.look_at(self.fd).ready & libc::POLLOUT as u32 == 0 {
             bits |= libc::POLLOUT as u32;
         }
+        self.armed = bits;
         e.sock.arm(bits);
+    }
+
+    /// Whether its doorbell may lie rung: somebody has taken an armed bit, or the peer has asked for something, which
+    /// takes none. (The ring itself may still be on its way.)
+    fn may_be_rung(&self) -> bool {
+        let wants = narrow(self.events) & libc::POLLIN as u32 | self.armed;
+        !self.disabled
+            && !self.parked
+            && wants != 0
+            && self.entry.is_some_and(|e| !e.sock.is_armed(wants) || e.sock.is_asked())
     }
 }
 
@@ -834,6 +848,11 @@ impl Inner {
         }
     }
 
+    /// Whether a ring has something that the program is to be told of.
+    pub(super) fn has_pending(&mut self) -> bool {
+        self.members.iter_mut().any(|m| m.live && m.pending().0 != 0)
+    }
+
     /// Doorbells that make the kernel's set readable with nothing behind them: a kick is taken back; rings
     /// go to `f`, for at most `max` members from number `from` on. The number to go on with, if there are more.
     pub(super) fn stale(
@@ -848,9 +867,7 @@ impl Inner {
             let m = self.members.get_mut(i)?;
             let id = m.generation << 20 | i as u32;
             let Some(e) = m.entry.filter(|_| m.live && m.bell == Some(id)) else { continue };
-            let wants = narrow(m.events) & libc::POLLIN as u32;
-            let rung = !m.disabled && !m.parked && wants != 0 && !e.sock.is_armed(wants);
-            if !m.kicked && !rung {
+            if !m.kicked && !m.may_be_rung() {
                 continue;
             }
             if left == 0 {
