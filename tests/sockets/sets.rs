@@ -3,7 +3,7 @@
 use crate::{
     Scenario, log, s,
     sys::{self, show, show_epoll, show_poll},
-    world::{World, later},
+    world::{Conn, World, later},
 };
 use libc::{EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLLOUT, POLLIN};
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering::Relaxed};
@@ -14,6 +14,8 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(closed_here_and_child_waits).procs(),
     s!(child_waits_on_the_parents_set).procs(),
     s!(child_changes_the_parents_set).procs(),
+    s!(child_changes_the_set_of_one_direction).procs(),
+    s!(child_changes_the_set_after_the_peer_left).procs(),
     s!(daemon_takes_the_set_along).procs(),
     s!(handler_waits_on_the_same_set),
     s!(handler_waits_while_busy),
@@ -152,6 +154,42 @@ fn child_changes_the_parents_set(w: &World) {
     });
     log!("{}", sys::wait(pid));
     log!("{} {}", soon(ep), c.get(5));
+}
+
+/// A child gives the connection another name in its parent's set, under which the parent hears of it then.
+fn renamed_by_a_child(w: &World, c: &mut Conn) {
+    let ep = sys::epoll_create();
+    sys::epoll_add(ep, c.fd, EPOLLIN, 1);
+    log!("{}", now(ep));
+    let pid = sys::fork(|| {
+        log!("child {}", show(sys::epoll_ctl(ep, EPOLL_CTL_MOD, c.fd, EPOLLIN as u32, 7)));
+        0
+    });
+    log!("{}", sys::wait(pid));
+    for _ in 0..2 {
+        w.far(c, "put 5");
+        log!("{} {} {}", soon(ep), c.get(5), now(ep));
+    }
+}
+
+/// Our direction has stayed on TCP and is to stay there; the peer's is not.
+fn child_changes_the_set_of_one_direction(w: &World) {
+    let mut c = w.cold_on("4");
+    for _ in 0..w.warm_up.min(200) {
+        w.start_far(&c, "put 1");
+        assert_eq!((c.get(1), w.finish()), ("got 1".into(), "put 1".into()));
+    }
+    log!("{}", show(sys::send(c.fd, b"!", libc::MSG_OOB)));
+    renamed_by_a_child(w, &mut c);
+}
+
+/// All that the ring had is read, but nobody has looked since.
+fn child_changes_the_set_after_the_peer_left(w: &World) {
+    let mut c = w.pair();
+    w.far(&c, "put 5");
+    log!("{}", w.far(&c, LEAVES));
+    log!("{}", c.get(5));
+    renamed_by_a_child(w, &mut c);
 }
 
 /// The peer goes back to TCP: SO_PEEK_OFF, off as it is anyway.

@@ -38,6 +38,7 @@ fn leave(e: &Ref, fd: c_int, why: Reason, keep: bool) {
     e.sock.stop_rx(why, keep);
     e.sock.leave_tx(fd, why);
     e.sock.bar(why);
+    e.sock.follow(fd);
     if e.sock.take_changed() {
         super::epoll::resync(e, fd);
     }

@@ -16,6 +16,7 @@ use super::{Socket, patience, phase};
 use crate::arena::{self, rx_mode, tx_mode};
 use crate::handshake::switch;
 use crate::lock;
+use crate::mem::layout::ctl;
 use crate::reason::Reason;
 use crate::ring;
 use crate::sync::Ordering::*;
@@ -316,6 +317,18 @@ impl Socket {
         s.rx.mode.store(rx_mode::DONE, Release);
         s.reset.store(arena::reset::TOLD, Relaxed);
         self.set_changed();
+    }
+
+    /// Whether going back to TCP would change anything: it is not forbidden yet, or a direction is in the ring, or on
+    /// its way there, and has not been told to leave. (One direction may have been kept on TCP, which forbids the ring
+    /// from then on, while the other is in it.)
+    pub fn can_leave(&self) -> bool {
+        let Some(s) = self.slot() else { return false };
+        let sends = matches!(s.tx.mode.load(Acquire), tx_mode::RING | tx_mode::ANNOUNCED);
+        let receives = matches!(s.rx.mode.load(Acquire), rx_mode::RING | rx_mode::READY)
+            && s.rx.stopped.load(Relaxed) == 0
+            && self.mapped().is_some_and(|m| m.me.ctl.ctl.load(Relaxed) & ctl::PEER_LEFT == 0);
+        s.barred.load(Relaxed) == 0 || sends || receives
     }
 
     /// A child of a fork is about to change what its parent's epoll sets have of the connection, which is on TCP.

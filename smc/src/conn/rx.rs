@@ -693,6 +693,20 @@ impl Socket {
         }
     }
 
+    /// The stream has left the ring and all of it is read: the rest is TCP's, as the next read would find.
+    #[cold]
+    pub fn follow(&self, fd: i32) {
+        let (Some(s), Some(m)) = (self.slot(), self.mapped()) else { return };
+        if s.rx.mode.load(Acquire) != rx_mode::RING || lock::held_by_me(&s.rx.lock) {
+            return;
+        }
+        let g = lock::lock(&s.rx.lock);
+        if s.rx.mode.load(Relaxed) == rx_mode::RING && self.look(s, &m).is_ok_and(|r| r.left && r.bytes == 0)
+        {
+            self.out_of_ring(s, &m, fd, g);
+        }
+    }
+
     /// Asks the sender back to TCP. With `keep`, what is in the ring is still read from there, and what comes
     /// after by TCP, whatever the sender does meanwhile; without, what is in the ring is moved into TCP by the
     /// sender, at its next call (this process will not see the ring any more).

@@ -203,8 +203,10 @@ pub(super) unsafe fn control(
     }
     if e.set.is_foreign() {
         // The process that forked us knows nothing of what we change in the set: the kernel must say it all.
-        if sock.sock.slot().is_some_and(|s| s.barred.load(Relaxed) == 0) {
+        if sock.sock.can_leave() {
             crate::hooks::sockets::back_to_tcp(sock, fd, Reason::ForkShared);
+        } else {
+            sock.sock.follow(fd);
         }
         sock.sock.sets_change_hands();
     }
@@ -234,7 +236,7 @@ pub(super) unsafe fn control(
             if ev.events & EXCLUSIVE != 0 && ev.events & !WITH_EXCLUSIVE != 0 {
                 return raw();
             }
-            if ev.events & EXCLUSIVE != 0 && sock.sock.slot().is_some_and(|s| s.barred.load(Relaxed) == 0) {
+            if ev.events & EXCLUSIVE != 0 && sock.sock.can_leave() {
                 // Which of several sets wakes up is the kernel's choice, so the bytes must be in TCP.
                 drop(set);
                 drop(links);
@@ -555,7 +557,7 @@ fn bring_into_step(set: &mut Inner, l: Link, sock: &Socket, epfd: i32, blocked: 
 /// The doorbell does not fit into the kernel's set (fs.epoll.max_user_watches, memory): back to TCP.
 #[cold]
 fn no_room(r: &Ref, fd: i32) {
-    if r.sock.slot().is_some_and(|s| s.barred.load(Relaxed) == 0) {
+    if r.sock.can_leave() {
         crate::hooks::sockets::empty_into_tcp(r, fd, Reason::NoFds);
     }
 }
