@@ -1,12 +1,13 @@
 //! The `smc` command: run programs under libsmc, and look at what their connections do.
 //!
-//! `run` prepares an environment and is gone; the others read what running programs publish
+//! `run` prepares an environment and is gone, `perf` measures connections of its own; the others read what running programs publish
 //! ([`smc::stats`]) and change nothing.
 
 mod check;
 mod elf;
 mod library;
 mod output;
+mod perf;
 mod probe;
 mod run;
 mod ss;
@@ -31,6 +32,8 @@ enum Command {
     Ss(ss::Options),
     /// Show sums for each process: connections, bytes, reasons for staying on TCP
     Stats(stats::Options),
+    /// Measure connections: throughput, latency, connections per second
+    Perf(Box<perf::Options>),
     /// Say what this machine can do, and what to do about the rest
     Check,
     /// One end of the connection that `check` tries
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
         Command::Run(options) => run::run(&options),
         Command::Ss(options) => ss::run(&options),
         Command::Stats(options) => stats::run(&options),
+        Command::Perf(options) => perf::run(*options),
         Command::Check => check::run(),
         Command::Probe(options) => probe::run(&options),
     }

@@ -108,7 +108,7 @@ fn find(program: &OsStr) -> Option<PathBuf> {
 }
 
 /// LD_PRELOAD with the library: after what is there, whose functions are then in front of ours.
-fn preload(library: &Path, before: Option<OsString>) -> Result<OsString, String> {
+pub fn preload(library: &Path, before: Option<OsString>) -> Result<OsString, String> {
     let bytes = library.as_os_str().as_bytes();
     if bytes.iter().any(|b| b": \t\n$".contains(b)) {
         return Err(format!("{}: LD_PRELOAD can't name a path with blanks, ':' or '$'", library.display()));

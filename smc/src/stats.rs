@@ -18,7 +18,7 @@ use std::net::SocketAddr;
 
 pub use json::escaped;
 pub use page::{TOTALS_OFFSET, TotalsPage};
-pub use scan::{connections, processes};
+pub use scan::{connections, process, processes};
 
 use crate::reason::Reason;
 use json::Object;

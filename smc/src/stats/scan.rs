@@ -69,13 +69,26 @@ pub fn processes() -> io::Result<Vec<ProcessInfo>> {
     Ok(all)
 }
 
-/// All arenas, told apart by inode: processes that were forked share one.
+/// The sums of one process and those forked from it, and its connections; `None`: it has none under libsmc, or its
+/// arena may not be read. Looks at that process alone.
+#[must_use]
+pub fn process(pid: u32) -> Option<(ProcessInfo, Vec<ConnectionInfo>)> {
+    let arena = those_of(Path::new("/proc"), &[pid]).into_iter().next()?;
+    Some((arena.process(), arena.connections()))
+}
+
+/// All arenas.
 fn arenas(proc: &Path) -> io::Result<Vec<Arena>> {
-    let mut found: BTreeMap<(u64, u64), Arena> = BTreeMap::new();
     let mut pids: Vec<u32> =
         fs::read_dir(proc)?.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect();
     pids.sort_unstable();
-    for pid in pids {
+    Ok(those_of(proc, &pids))
+}
+
+/// The arenas of these, told apart by inode: processes that were forked share one.
+fn those_of(proc: &Path, pids: &[u32]) -> Vec<Arena> {
+    let mut found: BTreeMap<(u64, u64), Arena> = BTreeMap::new();
+    for &pid in pids {
         // Gone meanwhile, or not ours to look at: either way nothing to show.
         let Ok(fds) = fs::read_dir(proc.join(pid.to_string()).join("fd")) else { continue };
         for fd in fds.flatten() {
@@ -90,7 +103,7 @@ fn arenas(proc: &Path) -> io::Result<Vec<Arena>> {
             }
         }
     }
-    Ok(found.into_values().collect())
+    found.into_values().collect()
 }
 
 fn names_arena(link: &OsStr) -> bool {
@@ -303,6 +316,8 @@ mod tests {
             processes().expect("/proc").into_iter().find(|p| p.pid == std::process::id()).expect("this one");
         let live = (p.live, p.totals.rx[0]);
         assert!(live.0 >= 1 && live.1 >= 1234, "{live:?}");
+        let (alone, its) = process(std::process::id()).expect("this one");
+        assert!(alone.totals.rx[0] >= 1234 && its.iter().any(mine));
         crate::arena::give(slot);
         assert!(!connections().expect("/proc").iter().any(mine));
         // Gone, but not forgotten.
