@@ -251,6 +251,10 @@ fn a_sweep_is_a_test_for_each_size_and_a_stream_of_events_a_line_each() {
     assert!(o.status.success(), "{}", text(&o.stderr));
     let events: Vec<Value> =
         text(&o.stdout).lines().map(|l| serde_json::from_str(l).expect("JSON in each line")).collect();
+    let document = server.measure(&["--sweep=10,1k", "-k", "5"]);
+    assert_eq!(document["sweep"][1]["end"]["sum_sent"]["bytes"], 5120);
+    let o = server.client(&["--sweep=10,1k,2k", "-k", "5", "--rr"]).output().expect("smc starts");
+    assert_eq!(text(&o.stdout).lines().count(), 4, "{}", text(&o.stdout));
     let of =
         |name: &str| events.iter().filter(|e| e["event"] == name).map(|e| &e["data"]).collect::<Vec<_>>();
     let sizes: Vec<_> = of("start").iter().map(|s| s["test_start"]["blksize"].clone()).collect();
@@ -274,6 +278,35 @@ fn nobody_there_and_nonsense_are_errors_in_words() {
     let server = Server::start(&[]);
     let o = smc(&["perf", "-s", "-B", "127.0.0.1", "-p", &server.port]).output().expect("smc starts");
     assert!(!o.status.success() && text(&o.stderr).contains("in use"), "{}", text(&o.stderr));
+}
+
+#[test]
+fn ways_are_compared_in_turn() {
+    let picture = std::env::temp_dir().join(format!("smc-perf-test.{}.svg", process::id()));
+    let mut c = smc(&[
+        "perf", "compare", "--over", "tcp,unix", "--rounds", "2", "-k", "100", "-O", "0", "-J", "--svg",
+    ]);
+    let j = json(&c.arg(&picture).output().expect("smc starts"));
+    let measures = j["measures"].as_array().expect("a list");
+    let tests: Vec<_> = measures.iter().filter_map(|m| m["test"].as_str()).collect();
+    assert!(["stream", "small", "rr", "crr"].iter().all(|t| tests.contains(t)), "{tests:?}");
+    for m in measures {
+        assert_eq!(m["ways"]["unix"]["values"].as_array().map(Vec::len), Some(2), "{m}");
+        let [least, median, most] =
+            ["least", "median", "most"].map(|n| m["times"]["unix"][n].as_f64().expect("one"));
+        assert!(0.0 < least && least <= median && median <= most, "{m}");
+    }
+    let svg = fs::read_to_string(&picture).expect("a picture");
+    fs::remove_file(&picture).expect("it was made above");
+    assert!(svg.starts_with("<svg") && svg.contains("rr p50: unix"));
+
+    let mut c =
+        smc(&["perf", "compare", "--over", "tcp,unix", "--rounds", "1", "-k", "100", "--tests", "rr"]);
+    let o = c.output().expect("smc starts");
+    assert!(text(&o.stdout).contains("rr p99, us (less is better)"), "{}", text(&o.stdout));
+    let mut c = smc(&["perf", "compare", "--over", "preload", "--rounds", "1"]);
+    let o = c.env("SMC_LIBRARY", "/no/such/libsmc.so").output().expect("smc starts");
+    assert!(!o.status.success() && text(&o.stderr).contains("no such library"), "{}", text(&o.stderr));
 }
 
 /// A client that has begun a test without an end of its own, and has shown its first interval.

@@ -5,9 +5,14 @@
 // A command-line tool: its output is its purpose.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+// Shared with `smc perf compare`; by path, so that there is still nothing to compile but this.
+#[path = "../../cli/src/perf/bars.rs"]
+mod bars;
 mod bench;
 mod checks;
 mod demo;
+#[path = "../../cli/src/perf/figures.rs"]
+mod figures;
 mod packages;
 mod rounds;
 mod section;

@@ -144,13 +144,6 @@ fn shm_connections(json: &str) -> Option<u64> {
     rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
-/// The middle one.
-pub fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let n = values.len();
-    if n == 0 { f64::NAN } else { (values[(n - 1) / 2] + values[n / 2]) / 2.0 }
-}
-
 /// A folder that goes when dropped.
 pub struct Scratch(pub PathBuf);
 
@@ -222,12 +215,6 @@ mod tests {
             r#"{"pid":7,"program":"a","connections":{"shm":12,"rdma":0,"tcp":1},"bytes":{"shm_tx":9}}"#;
         assert_eq!(shm_connections(json), Some(12));
         assert_eq!(shm_connections("{}"), None);
-    }
-
-    #[test]
-    fn medians() {
-        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
-        assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), 2.5);
     }
 
     #[test]

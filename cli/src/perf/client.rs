@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::events::{Event, Inbox};
 use super::flow::Run;
@@ -37,6 +37,21 @@ pub struct Done {
     pub took: Histogram<u64>,
     pub interrupted: bool,
     pub error: Option<String>,
+    /// With `-J`.
+    pub document: Option<Value>,
+}
+
+impl Done {
+    /// As a report has it.
+    pub fn whole(&self) -> Whole<'_> {
+        Whole {
+            mine: &self.mine,
+            other: self.other.as_ref(),
+            took: &self.took,
+            interrupted: self.interrupted,
+            error: self.error.clone(),
+        }
+    }
 }
 
 /// A server that has agreed to a test.
@@ -89,15 +104,9 @@ pub fn run(spec: &Spec, target: &Target, interrupts: &Interrupts) -> Result<Done
         Mine { report: &mut report, control: &session.control, tell: spec.direction != Direction::Forward };
     let ended = test.conduct(&inbox, &mut side, pace);
     let told = !side.tell && spec.direction != Direction::Forward;
-    let done = finish(spec, &session, ended, told, &inbox);
+    let mut done = finish(spec, &session, ended, told, &inbox);
     interrupts.for_nobody();
-    report.end(&Whole {
-        mine: &done.mine,
-        other: done.other.as_ref(),
-        took: &done.took,
-        interrupted: done.interrupted,
-        error: done.error.clone(),
-    });
+    done.document = report.end(&done.whole());
     Ok(done)
 }
 
@@ -209,7 +218,7 @@ fn finish(spec: &Spec, session: &Session, ended: Ended, told: bool, events: &Inb
             }
         }
     }
-    Done { mine: ended.found, other, took: ended.took, interrupted: ended.interrupted, error }
+    Done { mine: ended.found, other, took: ended.took, interrupted: ended.interrupted, error, document: None }
 }
 
 fn exchange(spec: &Spec, session: &Session, ended: &Ended, told: bool, events: &Inbox) -> Result<Found> {
@@ -257,7 +266,7 @@ fn described(session: &Session) -> String {
 }
 
 /// What iperf3's JSON begins with.
-fn start(session: &Session, target: &Target, links: &[Link]) -> serde_json::Value {
+fn start(session: &Session, target: &Target, links: &[Link]) -> Value {
     let connected: Vec<_> = links
         .iter()
         .enumerate()

@@ -3,9 +3,12 @@
 //! Streams, requests and responses, a connection for each; over TCP, under libsmc and over Unix sockets; with what
 //! iperf3 calls things. It talks to a plain iperf3 as well, at either end.
 
+mod bars;
 mod client;
+mod compare;
 mod drive;
 mod events;
+mod figures;
 mod flow;
 mod interop;
 mod link;
@@ -25,11 +28,12 @@ use std::process::{Command, ExitCode};
 
 pub use options::Options;
 use options::Task;
+use report::Form;
 use signals::{INTERRUPTED, Interrupts};
 use spec::Over;
 use wire::{Problem, Result};
 
-use crate::output::complain;
+use crate::output::{complain, emit};
 use crate::{library, run as preloading};
 
 /// Does what the options ask for.
@@ -38,8 +42,9 @@ pub fn run(options: Options) -> ExitCode {
         Task::Server(settings, over) => under(over).and_then(|()| server::run(settings)),
         Task::Client(tests, target) => {
             let over = tests.first().map(|s| s.over);
-            under(over).and_then(|()| ask(&tests, &target))
+            under(over).and_then(|()| ask(&tests, target))
         }
+        Task::Compare(options) => compare::run(&options),
     });
     result.unwrap_or_else(|why| {
         complain(&why);
@@ -47,20 +52,40 @@ pub fn run(options: Options) -> ExitCode {
     })
 }
 
-/// One test, or one after another (`--sweep`).
-fn ask(tests: &[spec::Spec], target: &client::Target) -> Result<ExitCode> {
+/// One test, or one after another (`--sweep`), which are told by a line each, or in one JSON document.
+fn ask(tests: &[spec::Spec], mut target: client::Target) -> Result<ExitCode> {
     let interrupts = Interrupts::new()?;
-    let mut code = ExitCode::SUCCESS;
+    let form = target.form;
+    let sweep = tests.len() > 1;
+    if sweep && form == Form::Text {
+        target.form = Form::Silent;
+        emit(&report::sweep_head(&tests[0]), ExitCode::SUCCESS);
+    }
+    let (mut code, mut documents) = (ExitCode::SUCCESS, Vec::new());
     for spec in tests {
-        let done = client::run(spec, target, &interrupts)?;
+        let done = client::run(spec, &target, &interrupts)?;
+        if sweep && form == Form::Text {
+            emit(&report::sweep_line(spec, &done.whole()), ExitCode::SUCCESS);
+            done.error.iter().for_each(|why| complain(why));
+        }
         if done.error.is_some() {
             code = ExitCode::FAILURE;
         }
-        if done.interrupted {
-            return Ok(ExitCode::from(INTERRUPTED));
+        let interrupted = done.interrupted;
+        documents.extend(done.document);
+        if interrupted {
+            code = ExitCode::from(INTERRUPTED);
+            break;
         }
     }
-    Ok(code)
+    match documents.pop() {
+        None => Ok(code),
+        Some(only) if !sweep => Ok(emit(&format!("{only:#}\n"), code)),
+        Some(last) => {
+            documents.push(last);
+            Ok(emit(&format!("{:#}\n", serde_json::json!({ "sweep": documents })), code))
+        }
+    }
 }
 
 /// Begins again under libsmc.so, if that is what is asked for and is not so yet.

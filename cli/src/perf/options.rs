@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 
 use super::client::Target;
+use super::compare;
 use super::report::Form;
 use super::server::Settings;
 use super::spec::{Direction, Io, Kind, LENGTH, MAX_SECONDS, Over, Spec};
@@ -52,6 +53,8 @@ enum Role {
         #[command(flatten)]
         asking: ClientOptions,
     },
+    /// Run the same traffic by several ways in turn, and tell how many times better each is
+    Compare(Box<compare::Options>),
 }
 
 /// What both ends have.
@@ -157,6 +160,7 @@ struct ClientOptions {
 pub enum Task {
     Server(Settings, Option<Over>),
     Client(Vec<Spec>, Target),
+    Compare(Box<compare::Options>),
 }
 
 impl Options {
@@ -168,6 +172,7 @@ impl Options {
         match (self.command, self.server, self.client) {
             (Some(Role::Server { common, serving }), ..) => Ok(server(&common, &serving)),
             (Some(Role::Client { host, common, asking }), ..) => client(host, &common, &asking),
+            (Some(Role::Compare(options)), ..) => Ok(Task::Compare(options)),
             (None, true, _) => Ok(server(&self.common, &self.serving)),
             (None, false, Some(host)) => client(host, &self.common, &self.asking),
             (None, false, None) => {
@@ -263,7 +268,7 @@ fn spec(common: &CommonOptions, asking: &ClientOptions) -> Spec {
 }
 
 /// A number of bytes with iperf3's suffixes, powers of 1024.
-fn size(text: &str) -> std::result::Result<u64, String> {
+pub fn size(text: &str) -> std::result::Result<u64, String> {
     let not = || format!("{text:?} is no size; for example 64, 128k, 1m, 2g");
     let (digits, factor) = match text.char_indices().last().ok_or_else(not)? {
         (at, 'k' | 'K') => (&text[..at], 1 << 10),
@@ -276,7 +281,7 @@ fn size(text: &str) -> std::result::Result<u64, String> {
     n.checked_mul(factor).filter(|n| *n > 0).ok_or_else(not)
 }
 
-fn seconds(text: &str) -> std::result::Result<f64, String> {
+pub fn seconds(text: &str) -> std::result::Result<f64, String> {
     let n: f64 = text.parse().map_err(|_| format!("{text:?} is no number of seconds"))?;
     if (0.0..=MAX_SECONDS).contains(&n) { Ok(n) } else { Err("from 0 to 86400 seconds".into()) }
 }

@@ -189,8 +189,8 @@ impl Report {
         out
     }
 
-    /// The end: to standard output, a failure to standard error as well.
-    pub fn end(&mut self, whole: &Whole<'_>) {
+    /// The end: to standard output, a failure to standard error as well. A JSON document is given back.
+    pub fn end(&mut self, whole: &Whole<'_>) -> Option<Value> {
         self.clear();
         match self.form {
             Form::Silent => {}
@@ -209,7 +209,7 @@ impl Report {
                 if let Some(why) = &whole.error {
                     all["error"] = why.as_str().into();
                 }
-                print(&format!("{all:#}\n"));
+                return Some(all);
             }
             Form::Lines => {
                 let end = self.end_json(whole);
@@ -219,6 +219,7 @@ impl Report {
                 }
             }
         }
+        None
     }
 
     /// Who sent on a connection, and who received.
@@ -373,6 +374,43 @@ impl Report {
         }
         out
     }
+}
+
+/// What stands above the lines of a sweep.
+pub fn sweep_head(spec: &Spec) -> String {
+    match spec.kind {
+        Kind::Stream => {
+            format!("{:>10} {:>15} {:>12} {:>9}  Mode\n", "Length", "Bitrate", "Writes/s", "CPU s/GB")
+        }
+        _ => format!(
+            "{:>10} {:>12} {:>9} {:>9} {:>9} {:>9}  Mode\n",
+            "Length", "Rate/s", "p50", "p99", "max", "CPU each"
+        ),
+    }
+}
+
+/// A test of a sweep; CPU time is that of both ends.
+pub fn sweep_line(spec: &Spec, whole: &Whole<'_>) -> String {
+    let (c, seconds, took) = (whole.mine.sum(), whole.mine.seconds, whole.took);
+    let cpu = whole.mine.cpu.total + whole.other.map_or(0.0, |o| o.cpu.total);
+    let mode = whole.mine.ways.mode();
+    let messages = rate(c.messages as f64 / seconds);
+    if spec.kind == Kind::Stream {
+        let per_gb = if c.bytes() > 0 { cpu / (c.bytes() as f64 * 1e-9) } else { f64::NAN };
+        let bits = bits(c.bytes() as f64 * 8.0 / seconds);
+        return format!("{:>10} {bits:>15} {messages:>12} {per_gb:>9.3}  {mode}\n", spec.length);
+    }
+    let at =
+        |q: f64| if took.is_empty() { "-".into() } else { time(took.value_at_quantile(q) as f64 * 1e-9) };
+    let each = if c.messages > 0 { cpu / c.messages as f64 } else { f64::NAN };
+    format!(
+        "{:>10} {messages:>12} {:>9} {:>9} {:>9} {:>9}  {mode}\n",
+        spec.length,
+        at(0.5),
+        at(0.99),
+        at(1.0),
+        time(each)
+    )
 }
 
 fn print(text: &str) {

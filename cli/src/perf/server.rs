@@ -346,13 +346,16 @@ impl Server {
             error.get_or_insert(why.to_string());
         }
         let other = other.ok().flatten();
-        report.end(&Whole {
+        let document = report.end(&Whole {
             mine: &ended.found,
             other: other.as_ref(),
             took: &ended.took,
             interrupted: ended.interrupted,
             error: error.clone(),
         });
+        if let Some(document) = document {
+            emit(&format!("{document:#}\n"), ExitCode::SUCCESS);
+        }
         match (ended.interrupted, error) {
             (true, _) => Ok(Outcome::Interrupted),
             // The report has said it; who asked for nothing else hears it here.

@@ -12,7 +12,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::{env, fs};
 
-use crate::rounds::{Measure, Mode, Result, Round, Scratch, library, median, upgraded};
+use crate::figures::{self, in_turn, median};
+use crate::rounds::{Measure, Mode, Result, Round, Scratch, library, upgraded};
 use crate::{packages, shell};
 
 /// What is asked of libsmc.
@@ -59,10 +60,7 @@ impl Row {
 
     /// How many times better `mode` is than `than`: the least, the median, the most of the rounds.
     pub fn times(&self, mode: Mode, than: Mode) -> Option<[f64; 3]> {
-        let ratio = |(a, b): (&f64, &f64)| if self.measure.less_is_better { b / a } else { a / b };
-        let mut r: Vec<f64> = self.of(mode)?.iter().zip(self.of(than)?).map(ratio).collect();
-        r.sort_by(f64::total_cmp);
-        Some([*r.first()?, median(r.clone()), *r.last()?])
+        figures::times(self.of(mode)?, self.of(than)?, self.measure.less_is_better)
     }
 
     /// Whether the goal is reached; `None` if there is none.
@@ -111,15 +109,6 @@ fn chosen<'a>(cases: &'a [Case], names: &[String]) -> Result<Vec<&'a Case>> {
         return Err(format!("no case begins with {n}; see cargo xtask bench --list").into());
     }
     Ok(cases.iter().filter(|c| names.is_empty() || names.iter().any(|n| c.name.starts_with(n))).collect())
-}
-
-/// Modes in the order of round `n`.
-fn in_turn(modes: &[Mode], n: usize) -> Vec<Mode> {
-    let mut modes = modes.to_vec();
-    if n % 2 == 1 {
-        modes.reverse();
-    }
-    modes
 }
 
 fn measure(case: &Case, o: &Options, scratch: &Scratch) -> Result<Vec<Row>> {
@@ -264,10 +253,5 @@ mod tests {
         assert!(chosen(&all, &["rr".to_owned()]).is_ok_and(|c| c.iter().all(|c| c.name.starts_with("rr"))));
         assert!(chosen(&all, &["nothing".to_owned()]).is_err());
         assert!(chosen(&all, &[]).is_ok_and(|c| c.len() == all.len()));
-    }
-
-    #[test]
-    fn every_other_round_is_turned_round() {
-        assert_eq!(in_turn(&[Mode::Tcp, Mode::Libsmc], 1), [Mode::Libsmc, Mode::Tcp]);
     }
 }

@@ -5,6 +5,7 @@ use std::fs;
 use std::process::Stdio;
 
 use super::{Goal, Row};
+use crate::figures::{machine, short};
 use crate::rounds::{Mode, Result};
 use crate::{section, shell};
 
@@ -19,16 +20,6 @@ fn commit() -> String {
         .stderr(Stdio::null())
         .output();
     out.map_or_else(|_| String::new(), |o| String::from_utf8_lossy(&o.stdout).trim().to_owned())
-}
-
-/// Three digits that count.
-pub fn short(v: f64) -> String {
-    match v.abs() {
-        a if !a.is_finite() => "-".into(),
-        a if a >= 100.0 => format!("{v:.0}"),
-        a if a >= 10.0 => format!("{v:.1}"),
-        _ => format!("{v:.2}"),
-    }
 }
 
 fn cell(row: &Row, mode: Mode) -> String {
@@ -92,7 +83,7 @@ fn markdown(rows: &[Row]) -> String {
 pub fn update(rows: &[Row]) -> Result<()> {
     let path = shell::root().join("docs/PERFORMANCE.md");
     let text = fs::read_to_string(&path)?;
-    let new = format!("{}; commit {}.\n\n{}", section::machine(), commit(), markdown(rows).trim_end());
+    let new = format!("{}; commit {}.\n\n{}", machine(), commit(), markdown(rows).trim_end());
     let text =
         section::replaced(&text, BEGIN, END, &new).ok_or("docs/PERFORMANCE.md has no measured section")?;
     fs::write(&path, text)?;
@@ -118,7 +109,7 @@ pub fn json(rows: &[Row], quick: bool) -> String {
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let mut out = format!(
         "{{\"machine\":\"{}\",\"commit\":\"{}\",\"loadavg\":\"{}\",\"quick\":{quick},\"measures\":[\n",
-        plain(&section::machine()),
+        plain(&machine()),
         plain(&commit()),
         plain(load.trim())
     );
@@ -169,10 +160,5 @@ mod tests {
         let json = json(&[row], true);
         assert!(json.contains("\"times_tcp\":[null,null,null]"), "{json}");
         assert!(!json.contains("NaN") && !json.contains("inf"));
-    }
-
-    #[test]
-    fn numbers_have_three_digits() {
-        assert_eq!([1234.5, 12.345, 1.2345].map(short), ["1234", "12.3", "1.23"]);
     }
 }

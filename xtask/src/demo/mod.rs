@@ -10,7 +10,8 @@ mod readme;
 use std::fs;
 use std::path::Path;
 
-use crate::rounds::{Measure, Mode, Result, Round, Scratch, library, median, upgraded};
+use crate::figures::median;
+use crate::rounds::{Measure, Mode, Result, Round, Scratch, library, upgraded};
 use crate::{packages, shell};
 use programs::Pair;
 

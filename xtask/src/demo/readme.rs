@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use crate::figures::machine;
 use crate::rounds::Result;
 use crate::section;
 use crate::shell;
@@ -13,7 +14,7 @@ const END: &str = "<!-- measured: end -->";
 pub fn update(table: &str) -> Result<()> {
     let path = shell::root().join("README.md");
     let text = fs::read_to_string(&path)?;
-    let section = format!("```text\n{}\n\n{}\n```", section::machine(), table.trim_end());
+    let section = format!("```text\n{}\n\n{}\n```", machine(), table.trim_end());
     fs::write(
         &path,
         section::replaced(&text, BEGIN, END, &section).ok_or("README.md has no measured section")?,
