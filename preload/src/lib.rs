@@ -17,3 +17,11 @@ mod real;
 #[cfg(not(test))]
 #[global_allocator]
 static ALLOC: alloc::Own = alloc::Own;
+
+/// Tells a program that is linked with the engine itself (`smc::net`) that the shim is here, which then has all of the
+/// connections. The number is that of what both agree on.
+#[cfg(not(test))]
+#[unsafe(no_mangle)]
+pub extern "C" fn smc_preload_version() -> u32 {
+    1
+}

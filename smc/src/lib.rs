@@ -34,6 +34,8 @@ pub mod mem;
 #[cfg(all(test, smc_loom))]
 mod models;
 #[cfg(not(smc_loom))]
+pub mod net;
+#[cfg(not(smc_loom))]
 pub mod once;
 pub mod rawsys;
 pub mod reason;

@@ -114,6 +114,8 @@ reasons! {
         "The kernel does not say who owns the other end (sock_diag); load the modules inet_diag and tcp_diag.";
     Stalled = 0x7f00_001b, "stalled",
         "Both ends wrote more than the ring holds before either read, so the stream went to TCP's larger buffers; raise SMC_RMB_SIZE.";
+    AskedFor = 0x7f00_001c, "asked-for",
+        "The program asked for the TCP socket itself (`smc::net::Stream::into_tcp`), so the stream went back to TCP.";
 }
 
 impl Reason {

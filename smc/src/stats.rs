@@ -122,6 +122,12 @@ pub struct ConnectionInfo {
 }
 
 impl ConnectionInfo {
+    /// A connection of this process, as it is now.
+    #[cfg(not(smc_loom))]
+    pub(crate) fn of(slot: &crate::arena::Slot) -> Self {
+        scan::of(slot)
+    }
+
     /// The better of its two directions.
     #[must_use]
     pub fn mode(&self) -> Mode {

@@ -329,6 +329,106 @@ pub fn tcp_bytes(fd: i32) -> Option<(u64, u64)> {
     (n >= 136).then(|| (long(120), long(128)))
 }
 
+/// What a connection has given to TCP so far, and whether it is the connecting end, whose SYN the kernel counts as a
+/// byte: by TCP_INFO and SIOCOUTQ, read until they hold still. `None`: the kernel does not say (before 4.19).
+pub fn tcp_written(fd: i32) -> Option<(u64, bool)> {
+    let long = |b: &[u8; 232], i: usize| {
+        u64::from_ne_bytes([b[i], b[i + 1], b[i + 2], b[i + 3], b[i + 4], b[i + 5], b[i + 6], b[i + 7]])
+    };
+    for _ in 0..4 {
+        let (mut b, mut after) = ([0u8; 232], [0u8; 232]);
+        let n = getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, &mut b).ok()?;
+        let queued = ioctl_int(fd, libc::TIOCOUTQ).ok()?;
+        getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, &mut after).ok()?;
+        // tcpi_bytes_acked, tcpi_notsent_bytes, tcpi_bytes_sent, tcpi_bytes_retrans (linux/tcp.h).
+        let told = |b: &[u8; 232]| {
+            let unsent = u32::from_ne_bytes([b[144], b[145], b[146], b[147]]);
+            (long(b, 120), unsent, long(b, 200), long(b, 208))
+        };
+        if n < 216 || told(&b) != told(&after) {
+            if n < 216 {
+                return None;
+            }
+            continue;
+        }
+        let (acked, unsent, sent, again) = told(&b);
+        let written = sent.wrapping_sub(again).wrapping_add(unsent.into());
+        return match (acked + queued as u64).wrapping_sub(written) {
+            0 => Some((written, false)),
+            1 => Some((written, true)),
+            _ => None,
+        };
+    }
+    None
+}
+
+/// The state of TCP_INFO is ESTABLISHED.
+pub fn tcp_is_established(fd: i32) -> bool {
+    tcp_state(fd) == Some(1)
+}
+
+/// A connect(2) is under way: SYN_SENT.
+pub fn tcp_is_connecting(fd: i32) -> bool {
+    tcp_state(fd) == Some(2)
+}
+
+/// libc's recvmsg(2), which may be a hook: bytes, or minus an errno.
+pub fn libc_recv(fd: i32, bufs: &mut [std::io::IoSliceMut<'_>], flags: i32) -> isize {
+    let mut m = zeroed_msghdr();
+    m.msg_iov = bufs.as_mut_ptr().cast();
+    m.msg_iovlen = bufs.len().min(1024);
+    // SAFETY: `m` describes slices, of the layout of struct iovec, that are writable for the whole of the call.
+    libc_result(unsafe { libc::recvmsg(fd, &raw mut m, flags) })
+}
+
+/// libc's sendmsg(2), which may be a hook: bytes, or minus an errno.
+pub fn libc_send(fd: i32, bufs: &[std::io::IoSlice<'_>], flags: i32) -> isize {
+    let mut m = zeroed_msghdr();
+    m.msg_iov = bufs.as_ptr().cast_mut().cast();
+    m.msg_iovlen = bufs.len().min(1024);
+    // SAFETY: `m` describes slices, of the layout of struct iovec, that are readable for the whole of the call.
+    libc_result(unsafe { libc::sendmsg(fd, &raw const m, flags) })
+}
+
+fn libc_result(n: isize) -> isize {
+    if n < 0 { -(std::io::Error::last_os_error().raw_os_error().unwrap_or(0) as isize) } else { n }
+}
+
+/// `fd` as std has it. The owner of `keeper` keeps it open.
+pub(crate) fn borrow<T>(keeper: &T, fd: i32) -> std::os::fd::BorrowedFd<'_> {
+    let _ = keeper;
+    // SAFETY: open for as long as `keeper` is borrowed, which its owner sees to.
+    unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) }
+}
+
+/// listen(2) once more, with another backlog.
+pub fn listen(fd: i32, backlog: i32) -> isize {
+    // SAFETY: no pointers.
+    unsafe { syscall6(libc::SYS_listen, fd as usize, backlog as usize, 0, 0, 0, 0) }
+}
+
+/// Has `prepare`, `parent` and `child` called around each fork(2) of this process (pthread_atfork(3)).
+pub fn at_fork(prepare: extern "C" fn(), parent: extern "C" fn(), child: extern "C" fn()) -> bool {
+    let (prepare, parent, child): (unsafe extern "C" fn(), unsafe extern "C" fn(), unsafe extern "C" fn()) =
+        (prepare, parent, child);
+    // SAFETY: functions that are there for as long as they may be called: libc drops the handlers of a library when
+    // it is unloaded.
+    unsafe { libc::pthread_atfork(Some(prepare), Some(parent), Some(child)) == 0 }
+}
+
+/// Has `f` called when the process ends in order (atexit(3)).
+pub fn at_exit(f: extern "C" fn()) -> bool {
+    // SAFETY: as in `at_fork`; the handlers of a library that is unloaded run at that moment.
+    unsafe { libc::atexit(f) == 0 }
+}
+
+/// Whether libsmc.so is in this process, which then has all TCP connections that are made by libc's calls.
+pub fn is_preloaded() -> bool {
+    // SAFETY: a NUL-terminated name; the result is compared only.
+    let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"smc_preload_version".as_ptr()) };
+    !found.is_null()
+}
+
 /// A soft limit as it is now; none if the kernel will not say.
 fn limit(resource: libc::__rlimit_resource_t) -> u64 {
     let mut lim = [u64::MAX; 2];

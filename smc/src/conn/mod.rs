@@ -22,17 +22,20 @@ mod close;
 mod fate;
 mod forced;
 mod holders;
+mod native;
 mod patience;
 mod rx;
+mod spans;
 mod tx;
 mod waiting;
 
 pub use rx::recv_with;
+pub use spans::{Lent, Reserved, SharedSlice};
 pub use tx::{Kernel, send_with};
 pub use waiting::{Nap, on_drained, sleep_with};
 
 use crate::arena::{self, Slot, each, rx_mode, tx_mode};
-use crate::config::config;
+use crate::config::{Threshold, config};
 use crate::handshake::local::{Established, Rendezvous, RendezvousConfig, Step};
 use crate::lock;
 use crate::mem::layout::SidePage;
@@ -103,6 +106,21 @@ fn spacing(n: u32) -> u32 {
 /// In `changed`: a direction has switched.
 const CHANGED: u32 = 1;
 
+/// What a connection may have of its own instead of the process's settings.
+#[derive(Clone, Copy, Debug)]
+pub struct Tuning {
+    /// When it has proved worth an upgrade.
+    pub upgrade_after: Threshold,
+    /// Bytes of a ring, a power of two; 0: by what it moves.
+    pub ring_size: u32,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Tuning { upgrade_after: config().upgrade_after, ring_size: 0 }
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Socket {
@@ -114,6 +132,9 @@ pub struct Socket {
     established: AtomicPtr<Established>,
     ops: AtomicU32,
     bytes: AtomicU64,
+    /// [`Tuning`]: bytes after which an upgrade is tried, and the ring that is wanted.
+    after: AtomicU64,
+    ring_size: AtomicU32,
     next_try: AtomicU32,
     tries: AtomicU32,
     /// Bytes at which a sender next gives the handshake time, and how often it has.
@@ -221,6 +242,8 @@ impl Socket {
             established: AtomicPtr::new(std::ptr::null_mut()),
             ops: AtomicU32::new(0),
             bytes: AtomicU64::new(0),
+            after: AtomicU64::new(0),
+            ring_size: AtomicU32::new(0),
             next_try: AtomicU32::new(0),
             tries: AtomicU32::new(0),
             hold_at: AtomicU64::new(0),
@@ -245,6 +268,11 @@ impl Socket {
 
     /// Starts a connection; false when there is no room in the arena (then it is not tracked).
     pub fn init(&self, role: Side, nonblock: bool) -> bool {
+        self.init_with(role, nonblock, Tuning::default())
+    }
+
+    /// [`init`](Self::init) with settings of its own.
+    pub fn init_with(&self, role: Side, nonblock: bool, tuning: Tuning) -> bool {
         let Some(slot) = arena::take() else { return false };
         slot.cookie.store(0, Relaxed);
         slot.role.store(role as u32, Relaxed);
@@ -264,7 +292,9 @@ impl Socket {
         for w in &self.base {
             w.store(0, Relaxed);
         }
-        self.next_try.store(config().upgrade_after.ops, Relaxed);
+        self.next_try.store(tuning.upgrade_after.ops, Relaxed);
+        self.after.store(tuning.upgrade_after.bytes, Relaxed);
+        self.ring_size.store(tuning.ring_size, Relaxed);
         self.force();
         self.phase.store(phase::COUNTING, Relaxed);
         // ORDERING [socket.slot] Release; pairs with the Acquire in `slot`. Carries: the words above.
@@ -369,10 +399,9 @@ impl Socket {
             phase::MAPPED => self.advance_mapped(fd, s),
             p => {
                 let ops = self.ops.fetch_add(1, Relaxed) + 1;
-                let t = config().upgrade_after;
                 if ops >= self.next_try.load(Relaxed)
                     || (p == phase::COUNTING
-                        && self.bytes.load(Relaxed) >= t.bytes
+                        && self.bytes.load(Relaxed) >= self.after.load(Relaxed)
                         && self.tries.load(Relaxed) == 0)
                 {
                     self.advance_handshake(fd, s, ops, true);
@@ -538,6 +567,10 @@ impl Socket {
     /// Bytes wanted in each ring. The connecting end says what it takes the connection for; the accepting end
     /// bounds it.
     fn ring_wanted(&self, side: Side) -> usize {
+        let own = self.ring_size.load(Relaxed);
+        if own != 0 {
+            return own as usize;
+        }
         let (bytes, ops) = (self.bytes.load(Relaxed), u64::from(self.ops.load(Relaxed)));
         let bulk = side == Side::Accept || bytes >= BULK_BYTES && bytes / ops.max(1) >= BULK_MESSAGE;
         let c = config();

@@ -525,7 +525,7 @@ impl Socket {
             s.downgrades.fetch_add(1, Relaxed);
             taken -= self.take_back(s, prod, at);
         }
-        let check = s.tx.msgs.load(Relaxed).is_multiple_of(CHECK);
+        let check = looks_after(s);
         drop(g);
         if owed.ring && self.ring_peer(s, m) == EPIPE || check && self.is_idle(m) {
             self.ask_after(fd, s, m, prod);
@@ -569,14 +569,14 @@ impl Socket {
     /// Every so many messages: whether the peer has taken nothing since the last time. A program that only sends would
     /// not hear of its death before the ring is full.
     #[cold]
-    fn is_idle(&self, m: &Mapped<'_>) -> bool {
+    pub(super) fn is_idle(&self, m: &Mapped<'_>) -> bool {
         let cons = m.peer.rx.cons.load(Relaxed);
         self.cons_then.swap(cons, Relaxed) == cons
     }
 
     /// After bytes were put into the ring, at `at`, the peer may be gone.
     #[cold]
-    fn ask_after(&self, fd: i32, s: &Slot, m: &Mapped<'_>, at: u64) {
+    pub(super) fn ask_after(&self, fd: i32, s: &Slot, m: &Mapped<'_>, at: u64) {
         if fate::bell_ends(m) && s.rx.deaf.load(Relaxed) == 0 {
             self.sent_to_nobody(fd, s, m, at);
             self.peer_gone(fd, s, m);
@@ -708,6 +708,12 @@ impl Socket {
         };
         crate::report::log_fallback(s, Reason::PeerMisbehaved);
     }
+}
+
+/// Under the tx lock, after a message: whether the peer is to be looked after.
+#[inline(always)]
+pub(super) fn looks_after(s: &Slot) -> bool {
+    s.tx.msgs.load(Relaxed).is_multiple_of(CHECK)
 }
 
 /// Flags for the last bytes by TCP: they wait for nothing that comes after, because it comes by the ring.

@@ -25,6 +25,7 @@ use crate::arena::{
 };
 use crate::mem::layout::LEFT;
 use crate::reason::Reason;
+use crate::sync::Ordering::Relaxed;
 
 /// Slots read at once.
 const BATCH: usize = 64;
@@ -90,20 +91,25 @@ fn those_of(proc: &Path, pids: &[u32]) -> Vec<Arena> {
     let mut found: BTreeMap<(u64, u64), Arena> = BTreeMap::new();
     for &pid in pids {
         // Gone meanwhile, or not ours to look at: either way nothing to show.
-        let Ok(fds) = fs::read_dir(proc.join(pid.to_string()).join("fd")) else { continue };
-        for fd in fds.flatten() {
-            let path = fd.path();
-            if !fs::read_link(&path).is_ok_and(|to| names_arena(to.as_os_str())) {
-                continue;
-            }
-            let Some((id, file)) = open(&path) else { continue };
-            let arena = found.entry(id).or_insert_with(|| Arena { file, pids: Vec::new() });
-            if arena.pids.last() != Some(&pid) {
-                arena.pids.push(pid);
-            }
-        }
+        let _ = look_into(proc, pid, &mut found);
     }
     found.into_values().collect()
+}
+
+/// Adds the arenas of one process.
+fn look_into(proc: &Path, pid: u32, found: &mut BTreeMap<(u64, u64), Arena>) -> io::Result<()> {
+    for fd in fs::read_dir(proc.join(pid.to_string()).join("fd"))?.flatten() {
+        let path = fd.path();
+        if !fs::read_link(&path).is_ok_and(|to| names_arena(to.as_os_str())) {
+            continue;
+        }
+        let Some((id, file)) = open(&path) else { continue };
+        let arena = found.entry(id).or_insert_with(|| Arena { file, pids: Vec::new() });
+        if arena.pids.last() != Some(&pid) {
+            arena.pids.push(pid);
+        }
+    }
+    Ok(())
 }
 
 fn names_arena(link: &OsStr) -> bool {
@@ -205,6 +211,29 @@ fn address(slot: &Words<'_>, family: u32, words: usize, port: u32) -> Option<Soc
     Some(SocketAddr::new(ip.to_canonical(), port as u16))
 }
 
+/// A live slot of this process.
+pub(super) fn of(slot: &Slot) -> ConnectionInfo {
+    // Each word is read by itself, as a reader of another process would find it.
+    let mut bytes = [0u8; size_of::<Slot>()];
+    let mut put = |at: usize, word: &[u8]| bytes[at..at + word.len()].copy_from_slice(word);
+    macro_rules! copy {
+        ($($($field:ident).+),* $(,)?) => {$(
+            put(offset_of!(Slot, $($field).+), &slot.$($field).+.load(Relaxed).to_ne_bytes());
+        )*};
+    }
+    copy!(
+        holders, best, family, local_port, peer_port, peer_pid, role, reason, ring_size, upgrades, downgrades
+    );
+    copy!(tx.mode, rx.mode, tx.prod, rx.cons, tx.tcp, rx.tcp, tx.msgs, rx.msgs);
+    copy!(wait.polled, wait.slept, wait.doorbells, wait.peer_gone, pid);
+    for i in 0..4 {
+        put(offset_of!(Slot, local_addr) + 4 * i, &slot.local_addr[i].load(Relaxed).to_ne_bytes());
+        put(offset_of!(Slot, peer_addr) + 4 * i, &slot.peer_addr[i].load(Relaxed).to_ne_bytes());
+    }
+    let pid = std::process::id();
+    decode(&Words(&bytes), &BTreeMap::from([(pid, program(pid))]))
+}
+
 /// A live slot as the caller sees it; `names` are the processes that hold the arena.
 fn decode(slot: &Words<'_>, names: &BTreeMap<u32, String>) -> ConnectionInfo {
     let owner = slot.u32(offset_of!(Slot, pid));
@@ -254,7 +283,6 @@ fn decode(slot: &Words<'_>, names: &BTreeMap<u32, String>) -> ConnectionInfo {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sync::Ordering::Relaxed;
 
     #[test]
     fn only_the_arena_is_opened() {

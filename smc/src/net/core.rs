@@ -1,0 +1,238 @@
+//! One connection of this process's own, whoever has a handle of it, and the books of all of them.
+//!
+//! ```text
+//! Stream, Stream (try_clone), Reader …   handles, counted
+//!   └─> Core   the TCP socket and the engine's Socket
+//!         └─ the last handle closes: out of the books, before_close, close(2), finish
+//! ```
+//!
+//! What needs the books: a fork, after which another process holds the connections too (`conn/holders.rs`), and the
+//! end of the process, which has to give to TCP what the peer would not take from the ring. They are locked from
+//! before a fork until after it, so both processes find them whole.
+
+use crate::config::{self, Config};
+use crate::conn::{Side, Socket, Tuning};
+use crate::sync::{AtomicU32, AtomicUsize, Ordering::*};
+use crate::{arena, lgr, section, sys};
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::io;
+use std::net::TcpStream;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::os::unix::ffi::OsStringExt;
+use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError};
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Core {
+    pub fd: i32,
+    pub sock: Socket,
+    /// Taken out by the last handle.
+    tcp: Mutex<Option<TcpStream>>,
+    handles: AtomicUsize,
+    /// The engine has a say.
+    pub tracked: bool,
+    /// Threads that have reserved space, or look at bytes of the ring.
+    pub reserved: AtomicU32,
+}
+
+/// A counted reference to a [`Core`]: the last one closes.
+#[derive(Debug)]
+pub(super) struct Handle(Arc<Core>);
+
+impl std::ops::Deref for Handle {
+    type Target = Core;
+    #[inline]
+    fn deref(&self) -> &Core {
+        &self.0
+    }
+}
+
+impl Clone for Handle {
+    fn clone(&self) -> Self {
+        // Relaxed: whoever clones has a handle, so the count is above zero.
+        self.0.handles.fetch_add(1, Relaxed);
+        Handle(self.0.clone())
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        // ORDERING [handles] AcqRel; pairs with itself. Carries: what others did by their handles, to the last.
+        if self.0.handles.fetch_sub(1, AcqRel) == 1 {
+            self.0.close();
+        }
+    }
+}
+
+/// How a connection comes to be known.
+pub(super) enum Origin {
+    /// This process has made it and nothing has been sent.
+    New(Side),
+    /// The kernel is to be asked.
+    Found,
+}
+
+impl Handle {
+    /// `tcp` as a connection; `upgrade` false: it stays plain TCP.
+    pub fn new(tcp: TcpStream, origin: Origin, upgrade: bool, tuning: impl FnOnce() -> Tuning) -> Handle {
+        let fd = tcp.as_raw_fd();
+        let sock = Socket::new();
+        let nonblock = sys::getfl(fd) as i32 & libc::O_NONBLOCK != 0;
+        let tracked = upgrade
+            && !settings().disable
+            && !is_preloaded()
+            && match origin {
+                Origin::New(side) => sock.init_with(side, nonblock, tuning()),
+                Origin::Found => sock.adopt_stream(fd, nonblock, tuning()),
+            };
+        let tcp = Mutex::new(Some(tcp));
+        let (handles, reserved) = (AtomicUsize::new(1), AtomicU32::new(0));
+        let core = Arc::new(Core { fd, sock, tcp, handles, tracked, reserved });
+        if tracked {
+            books().all.insert(Arc::as_ptr(&core).addr(), core.clone());
+            mind_numbers(fd);
+        }
+        Handle(core)
+    }
+
+    /// The TCP socket itself, if this is the only handle: nothing follows it any more. Otherwise a duplicate.
+    pub fn into_tcp(self) -> io::Result<TcpStream> {
+        // ORDERING [handles] Acquire; see `drop`. Whoever has the only handle stays the only one.
+        if self.0.handles.load(Acquire) != 1 {
+            return self.with_tcp(TcpStream::try_clone)?;
+        }
+        let tcp = self.0.tcp().take().ok_or_else(gone)?;
+        if self.0.tracked {
+            self.0.strike_out();
+            self.0.sock.detach();
+        }
+        Ok(tcp)
+    }
+}
+
+fn gone() -> io::Error {
+    io::Error::from_raw_os_error(libc::EBADF)
+}
+
+impl Core {
+    fn tcp(&self) -> MutexGuard<'_, Option<TcpStream>> {
+        self.tcp.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Calls `f` with std's socket, for what it does as well as anybody.
+    pub fn with_tcp<R>(&self, f: impl FnOnce(&TcpStream) -> R) -> io::Result<R> {
+        self.tcp().as_ref().map(f).ok_or_else(gone)
+    }
+
+    /// The TCP socket, as long as a handle is there.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        sys::borrow(self, self.fd)
+    }
+
+    fn strike_out(&self) {
+        books().all.remove(&std::ptr::from_ref(self).addr());
+    }
+
+    #[cold]
+    fn close(&self) {
+        let tcp = self.tcp().take();
+        // None: it was taken out by `into_tcp`.
+        let Some(tcp) = tcp else { return };
+        if !self.tracked {
+            return;
+        }
+        // First: a child of a fork that comes now does not hold what nobody there will close.
+        self.strike_out();
+        let last = self.sock.before_close(self.fd);
+        drop(tcp);
+        self.sock.finish(last);
+    }
+}
+
+// ---- the books
+
+#[derive(Default)]
+struct Books {
+    all: HashMap<usize, Arc<Core>>,
+}
+
+/// The books, locked. Handlers for fork and exit are in place from the first time on.
+fn books() -> MutexGuard<'static, Books> {
+    static BOOKS: OnceLock<Mutex<Books>> = OnceLock::new();
+    static HANDLERS: Once = Once::new();
+    HANDLERS.call_once(|| {
+        // Where there is no room for them: a forked child is not known to hold the connections.
+        let _ = sys::at_fork(before_fork, in_parent, in_child) && sys::at_exit(at_exit);
+    });
+    BOOKS.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+thread_local! {
+    /// What this thread holds while it forks: the books, and the token of the fork.
+    static FORKING: RefCell<Option<(MutexGuard<'static, Books>, u32)>> = const { RefCell::new(None) };
+}
+
+extern "C" fn before_fork() {
+    let books = books();
+    let token = arena::token();
+    books.all.values().for_each(|c| c.sock.before_fork(token));
+    FORKING.with(|f| *f.borrow_mut() = Some((books, token)));
+}
+
+/// Whether the fork has failed is not told: then the connections count a holder too many, and stay as they are.
+extern "C" fn in_parent() {
+    FORKING.with(|f| drop(f.borrow_mut().take()));
+}
+
+extern "C" fn in_child() {
+    section::forget_tid();
+    lgr::after_fork_child();
+    arena::after_fork_child();
+    let held = FORKING.with(|f| f.borrow_mut().take());
+    if let Some((books, token)) = held {
+        books.all.values().for_each(|c| c.sock.after_fork_child(token));
+    }
+}
+
+/// The process ends with connections open: as if each were closed.
+extern "C" fn at_exit() {
+    // Another thread may be in the middle of a change, and no more than that: it holds the lock for no longer.
+    let all: Vec<_> = books().all.values().cloned().collect();
+    all.iter().for_each(|c| c.sock.exiting(c.fd));
+}
+
+// ---- the process
+
+/// The settings, from the same environment variables that the shim reads.
+pub(super) fn settings() -> &'static Config {
+    let env = |name: &str| std::env::var_os(name).map(OsStringExt::into_vec);
+    config::init(&env, &mut |line| sys::write_stderr(format!("{line}\n").as_bytes()))
+}
+
+/// Whether libsmc.so has the connections of this process, those of this module among them.
+pub(super) fn is_preloaded() -> bool {
+    /// 0: not looked yet, 1: no, 2: yes.
+    static PRELOADED: AtomicU32 = AtomicU32::new(0);
+    // Relaxed: the answer is the same whoever stores it.
+    match PRELOADED.load(Relaxed) {
+        0 => {
+            let yes = sys::is_preloaded();
+            PRELOADED.store(1 + u32::from(yes), Relaxed);
+            yes
+        }
+        n => n == 2,
+    }
+}
+
+/// The program's numbers come near ours: no more of them are taken, until there is room again.
+fn mind_numbers(fd: i32) {
+    use crate::internal_fds::{alarm, is_tight, set_alarm, set_tight};
+    if fd >= alarm() {
+        // Ours may have become fewer since.
+        set_alarm();
+        set_tight(fd >= alarm());
+    } else if is_tight() && fd < alarm() / 4 * 3 {
+        set_tight(false);
+    }
+}
