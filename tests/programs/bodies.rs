@@ -8,11 +8,12 @@ use libc::{SIGINT, SIGTERM};
 use libtest_mimic::Failed;
 use std::{
     env, fs,
-    io::{BufRead as _, BufReader, Read as _, Write as _},
+    io::{BufRead as _, BufReader, Read as _, Seek as _, SeekFrom, Write as _},
     net::TcpStream,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Command,
+    time::{Duration, SystemTime},
 };
 
 type Outcome = Result<(), Failed>;
@@ -58,6 +59,7 @@ pub const ALL: &[Program] = &[
     p("java::blocking", JAVA, false, |p| java(p, "blocking")),
     p("java::nio", JAVA, true, |p| java(p, "nio")),
     p("node::http", &["node"], true, node_http),
+    p("rsync::daemon", &["rsync"], true, rsync_daemon),
 ];
 
 /// Bytes without a pattern, always the same.
@@ -474,6 +476,47 @@ fn python_http(p: &Pair) -> Outcome {
         fetch(p, &format!("curl{i}"), &format!("http://127.0.0.1:{port}/big"), &noise(100 << 20), 0.95)?;
     }
     p.stop(s, SIGINT, 0.9).map(|_| ())
+}
+
+/// Trees pushed, changed, pushed as differences and pulled again. Whoever receives has two processes on one connection,
+/// which is upgraded only if that was done before they part: so nothing is said of the share.
+fn rsync_daemon(p: &Pair) -> Outcome {
+    let port = free_port();
+    let (src, module, back) = (p.dir().join("src"), p.dir().join("module"), p.dir().join("back"));
+    let io = |e: std::io::Error| e.to_string();
+    for d in [&src, &module, &back] {
+        fs::create_dir_all(d.join("deep/er")).map_err(io)?;
+    }
+    for i in 0..100 {
+        fs::write(src.join(format!("deep/er/{i}")), noise(i * 3001)).map_err(io)?;
+    }
+    fs::write(src.join("big"), noise(30 << 20)).map_err(io)?;
+    let conf = format!(
+        "pid file = {}\nuse chroot = no\n[m]\npath = {}\nread only = no\n{}",
+        p.path("pid"),
+        module.display(),
+        if is_root() { "uid = root\ngid = root\n" } else { "" },
+    );
+    fs::write(p.dir().join("conf"), conf).map_err(io)?;
+    let (conf, text) = (format!("--config={}", p.path("conf")), format!("--port={port}"));
+    let s = p.serve(cmd("rsync", &["--daemon", "--no-detach", &conf, &text, "--address=127.0.0.1"]), port)?;
+    let url = format!("rsync://127.0.0.1:{port}/m/");
+    let dir = |d: &Path| format!("{}/", d.display());
+    let same = |a: &Path, b: &Path| {
+        let d = cmd("diff", &["-r", &a.display().to_string(), &b.display().to_string()]).output();
+        ensure(d.as_ref().is_ok_and(|d| d.status.success()), || format!("the trees differ: {d:?}"))
+    };
+    p.small_client("push", cmd("rsync", &["-a", &dir(&src), &url]))?;
+    same(&src, &module)?;
+    // rsync goes by size and time: the time of this change is another one for sure.
+    let mut big = fs::OpenOptions::new().write(true).open(src.join("big")).map_err(io)?;
+    big.seek(SeekFrom::Start(12_345_678)).and_then(|_| big.write_all(b"X")).map_err(io)?;
+    big.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000)).map_err(io)?;
+    p.small_client("delta", cmd("rsync", &["-az", "--no-whole-file", "--delete", &dir(&src), &url]))?;
+    same(&src, &module)?;
+    p.small_client("pull", cmd("rsync", &["-a", &url, &dir(&back)]))?;
+    same(&src, &back)?;
+    s.stop(SIGTERM).map(|_| ())
 }
 
 fn java(p: &Pair, kind: &str) -> Outcome {
