@@ -418,8 +418,9 @@ fn postgres_rows(p: &Pair) -> Outcome {
             "select sum(a::bigint), count(*), max(length(b)) from c",
         ],
     );
-    // psql moves few megabytes here, and what the kernel buffers before the switch is some of them.
-    let got = p.big_client("copy", c, 0.9)?;
+    // psql moves few megabytes here. On a busy machine the kernel buffers some of them before the switch: up to
+    // net.ipv4.tcp_wmem's and tcp_rmem's last number, 10 in all.
+    let got = p.big_client("copy", c, 0.45)?;
     ensure(got == "500000500000|1000000|13\n", || got.clone())?;
     p.stop(s, SIGINT, 0.9).map(|_| ())
 }
