@@ -16,7 +16,7 @@ use std::{
     io::{self, Read, Write},
     net::{TcpListener, TcpStream},
     os::fd::AsRawFd,
-    os::unix::{fs::PermissionsExt, process::CommandExt},
+    os::unix::process::CommandExt,
     path::PathBuf,
     process::{Command, ExitCode},
     time::Duration,
@@ -238,8 +238,12 @@ fn prepared(name: &str) -> Result<(Run, PathBuf), Failed> {
     run.limit(Duration::from_secs(60));
     run.preload_copy(&lib);
     let exe = run.path("two-ends");
-    fs::copy(env::current_exe().expect("our own path"), &exe).map_err(|e| e.to_string())?;
-    fs::set_permissions(&exe, fs::Permissions::from_mode(0o755)).map_err(|e| e.to_string())?;
+    // By another process: a child that another test of this one forks meanwhile would have the file open for writing,
+    // and then it can't be executed (ETXTBSY).
+    let own = env::current_exe().expect("our own path");
+    let s =
+        Command::new("install").args(["-m", "755"]).arg(own).arg(&exe).status().map_err(|e| e.to_string())?;
+    ensure(s.success(), || "install failed".into())?;
     Ok((run, exe))
 }
 
