@@ -3,7 +3,7 @@
 use crate::{
     Scenario, log, s,
     sys::{self, Addr, show},
-    world::{Conn, World, block, later, pattern},
+    world::{Conn, End, World, address, block, later, pattern},
 };
 use std::{
     ffi::{CString, c_void},
@@ -43,6 +43,9 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(nonblocking_writer_stops),
     s!(blocked_writer_goes_on),
     s!(small_sndbuf_stops),
+    s!(small_buffers_bound_the_writer),
+    s!(small_buffers_of_a_listener).plain(),
+    s!(waits_for_all_that_small_buffers_hold),
     s!(both_write_before_reading),
     s!(both_write_much_before_reading),
     s!(full_duplex).slow(),
@@ -547,6 +550,58 @@ fn small_sndbuf_stops(w: &World) {
     let sent = c.tx - before;
     log!("in bounds: {}", sent < 16 << 20);
     log!("far got it all: {}", w.far(&c, &format!("get {sent}")) == format!("got {sent}"));
+    w.still_good(&mut c);
+}
+
+/// A writer that does not wait stops after about what the program has set, and poll says so.
+fn bounded_writer(w: &World, c: &mut Conn) {
+    for _ in 0..2 {
+        let before = c.tx;
+        log!("{}", c.fill());
+        let sent = (c.tx - before) as usize;
+        log!("about as much: {}", (1..200_000).contains(&sent));
+        w.start_far(c, &format!("get {sent}"));
+        log!("{}", sys::show_poll(sys::poll1(c.fd, libc::POLLOUT, 10_000)));
+        log!("far got it all: {}", w.finish() == format!("got {sent}"));
+    }
+    w.start_far(c, "get 300000");
+    log!("{} {}", c.put(300_000), w.finish());
+    w.still_good(c);
+}
+
+fn small_buffers_bound_the_writer(w: &World) {
+    let mut c = w.pair();
+    log!("{}", show(sys::setsockopt(c.fd, libc::SOL_SOCKET, libc::SO_SNDBUF, 8192)));
+    w.far(&c, &format!("setopt {} {} 8192", libc::SOL_SOCKET, libc::SO_RCVBUF));
+    bounded_writer(w, &mut c);
+}
+
+/// Connections have what their listener had.
+fn small_buffers_of_a_listener(w: &World) {
+    let l = sys::socket(libc::AF_INET, libc::SOCK_STREAM).expect("socket") as i32;
+    log!("{}", show(sys::setsockopt(l, libc::SOL_SOCKET, libc::SO_SNDBUF, 8192)));
+    sys::bind(l, &address("4", 0)).expect("bind");
+    sys::listen(l, 8).expect("listen");
+    let port = sys::getsockname(l).expect("a name").port();
+    w.start(&format!("connect 4 {port}"));
+    let fd = sys::accept(l, None).expect("accept") as i32;
+    let far = w.finish().parse().expect("an fd");
+    let mut c = Conn { end: End::new(fd), far };
+    w.warm(&mut c, 200);
+    w.far(&c, &format!("setopt {} {} 8192", libc::SOL_SOCKET, libc::SO_RCVBUF));
+    bounded_writer(w, &mut c);
+}
+
+/// A reader that wants more at once than the writer may leave unread has what there can be.
+fn waits_for_all_that_small_buffers_hold(w: &World) {
+    let mut c = w.pair();
+    w.far(&c, &format!("setopt {} {} 4096", libc::SOL_SOCKET, libc::SO_SNDBUF));
+    log!("{}", show(sys::setsockopt(c.fd, libc::SOL_SOCKET, libc::SO_RCVBUF, 4096)));
+    w.start_far(&c, "put 400000");
+    let mut b = vec![0; 400_000];
+    let n = sys::recv(c.fd, &mut b, libc::MSG_PEEK | libc::MSG_DONTWAIT | libc::MSG_WAITALL);
+    log!("some at most: {}", n.is_ok_and(|n| n < 400_000) || n == Err(libc::EAGAIN));
+    log!("{} {}", c.get(400_000), w.finish());
     w.still_good(&mut c);
 }
 

@@ -154,6 +154,8 @@ hook! {
 }
 alias! { __close = close(fd: c_int) -> c_int; }
 
+/// asm-generic/socket.h.
+const SO_BUF_LOCK: c_int = 72;
 /// linux/tcp.h.
 const TCP_INQ: c_int = 36;
 
@@ -213,6 +215,10 @@ hook! {
                     let rest = s.rx.with_each.load(Relaxed) & each::COUNT;
                     s.rx.with_each.store(if on { rest | kind } else { rest }, Relaxed);
                 }
+                (
+                    libc::SO_SNDBUF | libc::SO_RCVBUF | libc::SO_SNDBUFFORCE | libc::SO_RCVBUFFORCE | SO_BUF_LOCK,
+                    4..,
+                ) => e.sock.read_buffers(fd),
                 (libc::SO_RCVLOWAT, 4..) => {
                     // SAFETY: the kernel has read 4 bytes there.
                     let n = unsafe { val.cast::<i32>().read_unaligned() };

@@ -69,6 +69,6 @@ impl Socket {
 
     /// Whether so much is unread that the peer may have been told the stream is full.
     fn is_half_full(&self) -> bool {
-        self.mapped().zip(self.unread(0)).is_some_and(|(m, n)| n > m.rxbuf.size() / 2)
+        self.mapped().zip(self.unread(0)).is_some_and(|(m, n)| n > m.most_unread() / 2)
     }
 }

@@ -18,6 +18,7 @@
 //! bytes, FIN or RST.
 #![allow(unsafe_code)]
 
+mod bounds;
 mod close;
 mod fate;
 mod forced;
@@ -218,6 +219,11 @@ struct Mapped<'a> {
 }
 
 impl Mapped<'_> {
+    /// Most bytes that the peer leaves unread in the ring.
+    fn most_unread(&self) -> u64 {
+        bounds::most(&self.peer.tx, &self.me.rx, self.rxbuf.size())
+    }
+
     /// Whether the peer's end of the doorbell is closed; rings may still be on it.
     fn peer_gone(&self) -> bool {
         let mut p = [libc::pollfd { fd: self.bell, events: 0, revents: 0 }];
@@ -602,6 +608,7 @@ impl Socket {
         }
         // ORDERING [socket.mapped] Release; pairs with the Acquire in `mapped`.
         self.established.store(Box::into_raw(est), Release);
+        self.read_buffers(fd);
         self.phase.store(phase::MAPPED, Release);
         self.set_changed();
     }

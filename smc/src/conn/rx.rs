@@ -128,7 +128,7 @@ impl Socket {
                     // A blocking call waits for SO_RCVLOWAT bytes, MSG_WAITALL for all (sock_rcvlowat).
                     let low = u64::from(s.rcvlowat.load(Relaxed)).max(1);
                     let target = if all { v.total as u64 } else { low.min(v.total as u64) };
-                    let need = if peek { target.min(super::waiting::high_water(m.rxbuf.size())) } else { 1 };
+                    let need = if peek { target.min(super::waiting::high_water(m.most_unread())) } else { 1 };
                     if peek && !nonblock && s.rx.suspect.load(Relaxed) == 0 && !self.has(s, &m, need) {
                         match self.wait(fd, s, &m, What::Rx(need), &mut deadline, false) {
                             Woke::Look => continue,
@@ -560,8 +560,8 @@ impl Socket {
         s.rx.cons.store(cons, Relaxed);
         ring::release(&m.me.rx, cons);
         // A sender that sleeps for space is woken when there is enough to be worth it.
-        let size = m.rxbuf.size();
-        let enough = size - left.min(size) >= super::waiting::low_water(size);
+        let most = m.most_unread();
+        let enough = most.saturating_sub(left) >= super::waiting::low_water(most);
         doorbell::after_publish_for(m.peer, ctl::TX_ARMED, enough, &s.wait.rings)
     }
 

@@ -7,7 +7,7 @@
 #![allow(unsafe_code)]
 
 use super::waiting::{What, Woke};
-use super::{Mapped, Socket, fate};
+use super::{Mapped, Socket, bounds, fate};
 use crate::arena::{Slot, tx_mode};
 use crate::handshake::switch;
 use crate::lock;
@@ -482,11 +482,12 @@ impl Socket {
         }
         let prod = s.tx.prod.load(Relaxed);
         let want = (v.total - done) as u64;
-        let mut free = size.saturating_sub(prod.wrapping_sub(s.tx.cons_seen.load(Relaxed)));
+        let most = bounds::most(&m.me.tx, &m.peer.rx, size);
+        let mut free = most.saturating_sub(prod.wrapping_sub(s.tx.cons_seen.load(Relaxed)));
         if free < want {
             match ring::writable(&m.peer.rx, prod, size) {
                 Ok((f, cons)) => {
-                    free = f;
+                    free = most.saturating_sub(size - f);
                     s.tx.cons_seen.store(cons, Relaxed);
                 }
                 Err(_) => {
@@ -496,7 +497,7 @@ impl Socket {
                 }
             }
         }
-        let low = super::waiting::low_water(size);
+        let low = super::waiting::low_water(most);
         let n = if whole && want <= low && free < want { 0 } else { want.min(free) as usize };
         if n == 0 {
             // Whoever watches for space must hear that there is none, before the program asks epoll again.

@@ -6,7 +6,7 @@
 //! find it.
 #![allow(unsafe_code)]
 
-use super::{Look, Mapped, Socket, fate};
+use super::{Look, Mapped, Socket, bounds, fate};
 use crate::arena::{Slot, reset, rx_mode, tx_mode};
 use crate::lock;
 use crate::mem::layout::ctl;
@@ -156,7 +156,9 @@ impl Socket {
             return true;
         }
         let size = m.txbuf.size();
-        ring::writable(&m.peer.rx, s.tx.prod.load(Relaxed), size).map_or(true, |(f, _)| f >= low_water(size))
+        let most = bounds::most(&m.me.tx, &m.peer.rx, size);
+        ring::writable(&m.peer.rx, s.tx.prod.load(Relaxed), size)
+            .map_or(true, |(free, _)| most.saturating_sub(size - free) >= low_water(most))
     }
 
     fn ready(&self, s: &Slot, m: &Mapped<'_>, what: What) -> bool {
@@ -623,7 +625,8 @@ impl Socket {
         if reset::is_errno(fate) {
             l.ready |= libc::POLLERR as u32;
         }
-        let low = u64::from(s.rcvlowat.load(Relaxed)).clamp(1, high_water(m.rxbuf.size()));
+        let low = u64::from(s.rcvlowat.load(Relaxed)).max(1);
+        let low = if low == 1 { 1 } else { low.min(high_water(m.most_unread())) };
         let mode = s.rx.mode.load(Acquire);
         if mode == rx_mode::RING {
             // Before the look, which may be at a later one: promised is no more than there was.

@@ -41,6 +41,8 @@ pub struct TxLine {
     pub prod: AtomicU64,
     /// The TCP byte offset at which the stream goes over to the ring, plus one; 0: not announced.
     pub switch_at: AtomicU64,
+    /// SO_SNDBUF, if the program has set it; 0: it has not. See `conn/bounds.rs`.
+    pub sndbuf: Plain,
 }
 
 /// What a side says as the consumer of its incoming ring.
@@ -53,6 +55,8 @@ pub struct RxLine {
     pub stop_at: AtomicU64,
     /// 1: this side follows an announced switch. The producer may announce.
     pub ready: AtomicU32,
+    /// SO_RCVBUF, if the program has set it; 0: it has not. See `conn/bounds.rs`.
+    pub rcvbuf: Plain,
 }
 
 /// The word both sides write.
