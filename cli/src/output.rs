@@ -1,7 +1,8 @@
 //! Writing results: a reader that has seen enough (`smc ss | head`) is no error.
 
-use std::fmt::Display;
-use std::io::{self, ErrorKind, Write};
+use std::env;
+use std::fmt::{Display, Write as _};
+use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::process::ExitCode;
 
 /// Writes a result to standard output.
@@ -20,6 +21,44 @@ pub fn emit(text: &str, code: ExitCode) -> ExitCode {
 pub fn complain(what: &dyn Display) {
     // With standard error closed there is nobody to tell.
     let _ = writeln!(io::stderr(), "smc: {what}");
+}
+
+/// Lines of cells, each column as wide as it must be; `right` columns are numbers.
+pub fn aligned(rows: &[Vec<String>], right: &[usize]) -> Vec<String> {
+    let columns = rows.first().map_or(0, Vec::len);
+    let widths: Vec<_> =
+        (0..columns).map(|i| rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0)).collect();
+    let line = |row: &Vec<String>| {
+        let mut out = String::new();
+        for (i, (cell, width)) in row.iter().zip(&widths).enumerate() {
+            let gap = if i == 0 { "" } else { " " };
+            // Writing to a String does not fail.
+            let _ = if right.contains(&i) {
+                write!(out, "{gap}{cell:>width$}")
+            } else {
+                write!(out, "{gap}{cell:<width$}")
+            };
+        }
+        out.truncate(out.trim_end().len());
+        out
+    };
+    rows.iter().map(line).collect()
+}
+
+/// Colours are for a terminal, and for those who do not say otherwise (no-color.org).
+pub fn wants_colours() -> bool {
+    io::stdout().is_terminal() && env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
+}
+
+/// A line of a table of connections: the mode that it begins with in its colour.
+pub fn coloured(line: &str) -> String {
+    const COLOURS: [(&str, &str); 3] = [("SHM ", "32"), ("RDMA ", "36"), ("TCP ", "33")];
+    match COLOURS.iter().find(|(mode, _)| line.starts_with(mode)) {
+        Some((mode, colour)) => {
+            format!("\x1b[{colour}m{}\x1b[0m{}", mode.trim_end(), &line[mode.len() - 1..])
+        }
+        None => line.to_owned(),
+    }
 }
 
 /// A number of bytes in at most five characters.
@@ -61,6 +100,13 @@ mod tests {
             assert_eq!(human(n), s);
         }
         assert!((0..64).all(|shift| human(u64::MAX >> shift).len() <= 5));
+    }
+
+    #[test]
+    fn the_mode_alone_is_coloured() {
+        assert_eq!(coloured("SHM  7 a"), "\x1b[32mSHM\x1b[0m  7 a");
+        assert_eq!(coloured("     on TCP: x"), "     on TCP: x");
+        assert_eq!(coloured("MODE PID"), "MODE PID");
     }
 
     #[test]

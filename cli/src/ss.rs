@@ -1,11 +1,14 @@
 //! `smc ss`: the connections, one a line, as ss(8) has them.
 
 use std::fmt::Write;
+use std::io::{self, IsTerminal, Write as _};
 use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
 
 use smc::stats::{ConnectionInfo, Mode};
 
-use crate::output::{complain, emit, human, shortened};
+use crate::output::{aligned, coloured, complain, emit, human, shortened, wants_colours};
 
 /// Columns of a terminal.
 const WIDTH: usize = 80;
@@ -21,10 +24,42 @@ pub struct Options {
     /// JSON: an array with an object for each connection
     #[arg(long)]
     json: bool,
+    /// Again every so many seconds, until interrupted
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", require_equals = true,
+          value_parser = seconds)]
+    watch: Option<f64>,
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    let n: f64 = text.parse().map_err(|_| format!("{text:?} is no number of seconds"))?;
+    if (0.1..=86_400.0).contains(&n) { Ok(n) } else { Err("from 0.1 to 86400 seconds".into()) }
+}
+
+/// Once, or again and again.
+pub fn run(options: &Options) -> ExitCode {
+    let Some(every) = options.watch else { return show(options) };
+    let terminal = io::stdout().is_terminal();
+    loop {
+        // From the top of an empty screen.
+        if terminal && !written("\x1b[H\x1b[2J") {
+            return ExitCode::SUCCESS;
+        }
+        let code = show(options);
+        if code != ExitCode::SUCCESS || !written(if options.json { "" } else { "\n" }) {
+            return code;
+        }
+        thread::sleep(Duration::from_secs_f64(every));
+    }
+}
+
+/// Whether anybody still reads.
+fn written(text: &str) -> bool {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_ok()
 }
 
 /// Reads, selects, prints.
-pub fn run(options: &Options) -> ExitCode {
+fn show(options: &Options) -> ExitCode {
     let found = match smc::stats::connections() {
         Ok(c) => c,
         Err(e) => {
@@ -38,7 +73,10 @@ pub fn run(options: &Options) -> ExitCode {
         let objects: Vec<_> = shown.iter().map(ConnectionInfo::json).collect();
         return emit(&format!("[{}]\n", objects.join(",\n")), ExitCode::SUCCESS);
     }
-    let text = if options.wide { wide(&shown) } else { narrow(&shown) };
+    let mut text = if options.wide { wide(&shown) } else { narrow(&shown) };
+    if wants_colours() {
+        text = text.lines().map(|l| coloured(l) + "\n").collect();
+    }
     let code = emit(&text, ExitCode::SUCCESS);
     if shown.is_empty() && total > 0 {
         complain(&format_args!("no connection is upgraded now; -a shows the other {total}"));
@@ -65,28 +103,6 @@ fn remark(c: &ConnectionInfo) -> Option<String> {
         None if on_tcp && c.best != Mode::Tcp => Some(format!("on TCP again, was {}", c.best.name())),
         _ => None,
     }
-}
-
-/// Lines of cells, each column as wide as it must be; `right` columns are numbers.
-fn aligned(rows: &[Vec<String>], right: &[usize]) -> Vec<String> {
-    let columns = rows.first().map_or(0, Vec::len);
-    let widths: Vec<_> =
-        (0..columns).map(|i| rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0)).collect();
-    let line = |row: &Vec<String>| {
-        let mut out = String::new();
-        for (i, (cell, width)) in row.iter().zip(&widths).enumerate() {
-            let gap = if i == 0 { "" } else { " " };
-            // Writing to a String does not fail.
-            let _ = if right.contains(&i) {
-                write!(out, "{gap}{cell:>width$}")
-            } else {
-                write!(out, "{gap}{cell:<width$}")
-            };
-        }
-        out.truncate(out.trim_end().len());
-        out
-    };
-    rows.iter().map(line).collect()
 }
 
 /// At most 80 columns: long addresses and names lose their middle.
@@ -164,12 +180,12 @@ fn wide(connections: &[ConnectionInfo]) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
     use smc::reason::Reason;
     use smc::stats::Role;
 
-    fn connection(local: &str) -> ConnectionInfo {
+    pub fn connection(local: &str) -> ConnectionInfo {
         ConnectionInfo {
             pid: 4_194_303,
             program: "a-long-program-n".into(),

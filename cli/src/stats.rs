@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use smc::reason::Reason;
 use smc::stats::{Mode, ProcessInfo, Totals};
 
+use crate::openmetrics;
 use crate::output::{complain, emit, human};
 
 #[derive(Debug, clap::Args)]
@@ -14,6 +15,9 @@ pub struct Options {
     /// JSON: an array with an object for each process
     #[arg(long)]
     json: bool,
+    /// OpenMetrics text, for Prometheus
+    #[arg(long, conflicts_with = "json")]
+    prometheus: bool,
     /// Only this process
     pid: Option<u32>,
 }
@@ -33,6 +37,9 @@ pub fn run(options: &Options) -> ExitCode {
             complain(&format_args!("process {pid} has no connections under libsmc, or is another user's"));
             return ExitCode::FAILURE;
         }
+    }
+    if options.prometheus {
+        return emit(&openmetrics::text(&found), ExitCode::SUCCESS);
     }
     if found.is_empty() && !options.json {
         complain(&"no process of yours has connections under libsmc");

@@ -1,4 +1,4 @@
-//! The `smc` command as its users start it. No library is needed for what is refused before.
+//! The `smc` command as its users start it (`smc perf`: `perf.rs`). No library is needed for what is refused before.
 
 use std::fs;
 use std::io::Read;
@@ -88,4 +88,70 @@ fn a_reader_that_leaves_early_is_no_error() {
     child.stderr.take().expect("piped").read_to_string(&mut said).expect("text");
     assert!(child.wait().expect("it ends").code().is_some_and(|c| c < 100), "{said}");
     assert!(!said.contains("panicked"), "{said}");
+}
+
+#[test]
+fn shells_and_man_get_what_the_options_say() {
+    for shell in ["bash", "zsh", "fish"] {
+        let script = text(&output(&["completions", shell]).stdout);
+        assert!(script.contains("upgrade-after") && script.contains("perf"), "{shell}");
+    }
+    let o = smc(&["completions", "bash"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .and_then(|c| Command::new("bash").arg("-n").stdin(c.stdout.expect("piped")).output());
+    assert!(o.as_ref().is_ok_and(|o| o.status.success()), "bash reads it: {o:?}");
+    assert!(!output(&["completions", "cmd.exe"]).status.success());
+
+    let folder = std::env::temp_dir().join(format!("smc-man.{}", std::process::id()));
+    let o = output(&["man", "--into", folder.to_str().expect("a plain path")]);
+    assert!(o.status.success(), "{}", text(&o.stderr));
+    let names: Vec<_> = fs::read_dir(&folder)
+        .expect("pages")
+        .flatten()
+        .map(|e| e.file_name().into_string().expect("a name"))
+        .collect();
+    fs::remove_dir_all(&folder).expect("it was made above");
+    for page in ["smc.1", "smc-run.1", "smc-perf.1", "smc-perf-client.1", "smc-top.1"] {
+        assert!(names.iter().any(|n| n == page), "{page} in {names:?}");
+    }
+    assert!(text(&output(&["man", "perf", "client"]).stdout).contains("sendfile"));
+}
+
+#[test]
+fn top_writes_frames_when_nobody_watches() {
+    let o = output(&["top", "-n", "2", "-d", "0.1", "--all"]);
+    assert!(o.status.success(), "{}", text(&o.stderr));
+    let said = text(&o.stdout);
+    assert_eq!(said.matches("POLL/s").count(), 2, "{said}");
+    assert!(!said.contains('\x1b'), "no colours off a terminal: {said:?}");
+    assert_eq!(text(&output(&["top", "--once", "-d", "0.1"]).stdout).matches("connection ends").count(), 1);
+    assert!(!output(&["top", "-d", "0"]).status.success());
+}
+
+#[test]
+fn a_watch_goes_on_until_its_reader_leaves() {
+    let mut child = smc(&["ss", "-a", "--watch=0.1"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("smc starts");
+    let mut out = child.stdout.take().expect("piped");
+    let mut said = String::new();
+    while said.matches("MODE").count() < 3 {
+        let mut piece = [0; 64];
+        let n = out.read(&mut piece).expect("text");
+        assert_ne!(n, 0, "it ended: {said}");
+        said.push_str(&text(&piece[..n]));
+    }
+    assert!(!said.contains('\x1b'), "{said:?}");
+    drop(out);
+    assert!(child.wait().expect("it ends").success());
+}
+
+#[test]
+fn sums_come_as_openmetrics() {
+    let said = text(&output(&["stats", "--prometheus"]).stdout);
+    assert!(said.contains("# TYPE smc_transferred_bytes counter\n") && said.ends_with("# EOF\n"), "{said}");
+    assert!(!output(&["stats", "--prometheus", "--json"]).status.success());
 }
