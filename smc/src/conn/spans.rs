@@ -16,7 +16,7 @@
 #![allow(unsafe_code)]
 
 use super::waiting::{What, Woke, low_water};
-use super::{Mapped, Socket};
+use super::{Mapped, Socket, bounds};
 use crate::arena::{Slot, rx_mode, tx_mode};
 use crate::lock::{self, Guard};
 use crate::ring;
@@ -280,7 +280,9 @@ impl Socket {
                 return Err(ECONNRESET);
             };
             s.tx.cons_seen.store(cons, Relaxed);
-            if free >= low_water(size).min(want as u64).max(1) {
+            let most = bounds::most(&m.me.tx, &m.peer.rx, size);
+            let free = most.saturating_sub(size - free);
+            if free >= low_water(most).min(want as u64).max(1) {
                 let len = free.min(want as u64) as usize;
                 return Ok(Some(Reserved { sock: self, slot: s, m, at, len, fd, guard }));
             }
