@@ -290,6 +290,16 @@ impl Watches {
         self.all().any(|w| ring_bits(&w.e, fds, w.at) != 0)
     }
 
+    /// Does what peers have asked for meanwhile, of which the doorbells that were emptied told. Whether there was anything.
+    fn obey(&mut self) -> bool {
+        let mut any = false;
+        for w in self.all().filter(|w| w.e.sock.is_to_obey()) {
+            w.e.sock.obey(w.e.sock.fd_now(w.fd));
+            any |= !w.e.sock.is_to_obey();
+        }
+        any
+    }
+
     fn beside_peer(&mut self) -> bool {
         self.all().find(|w| w.e.sock.needs_bell()).is_some_and(|w| w.e.sock.beside_peer())
     }
@@ -488,7 +498,7 @@ fn wait(fds: &mut [pollfd], watches: &mut Watches, time: Option<u64>, mask: *con
             return n;
         }
         watches.enter(fds, n_fds);
-        if watches.ring_ready(fds) {
+        if watches.ring_ready(fds) || watches.obey() {
             watches.leave(&[]);
             continue;
         }

@@ -579,6 +579,12 @@ impl Socket {
         }
     }
 
+    /// Whether the peer has asked for something that is not done yet.
+    #[inline]
+    pub fn is_to_obey(&self) -> bool {
+        self.slot().zip(self.mapped()).is_some_and(|(s, m)| self.must_obey(s, &m))
+    }
+
     /// The one epoll set that trusts the doorbell looks by itself again: no ring is needed meanwhile. `alone`: no other
     /// set does; one that is about to says so by [`set_watched`](Self::set_watched) after it can be seen here.
     pub fn unarm(&self, alone: impl FnOnce() -> bool) {
