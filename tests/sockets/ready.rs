@@ -62,6 +62,7 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(epoll_close_removes),
     s!(epoll_close_with_dup_stays),
     s!(epoll_dup2_over_member),
+    s!(epoll_in_order),
     s!(epoll_many_few_hot).slow(),
     s!(epoll_max_events_fair),
     s!(epoll_mixed_kinds),
@@ -686,6 +687,38 @@ fn epoll_in_poll_blocked(w: &World) {
         w.finish();
         log!("{}", c.get(10));
     }
+}
+
+/// The peer sends on a connection that has been silent, and then on a busy one: of these two the first is told of no
+/// later.
+fn epoll_in_order(w: &World) {
+    const ROUNDS: usize = 40;
+    const BUSY: usize = 90;
+    let (mut a, mut b) = (w.pair(), w.pair());
+    // Or TCP may hold back the second byte until the first is acknowledged.
+    w.far(&a, &format!("setopt {} {} 1", libc::IPPROTO_TCP, libc::TCP_NODELAY));
+    let ep = sys::epoll_create();
+    sys::epoll_add(ep, a.fd, EPOLLIN, 1);
+    sys::epoll_add(ep, b.fd, EPOLLIN, 2);
+    w.start(&format!("ordered {} {} {ROUNDS} {BUSY}", a.far, b.far));
+    let (mut of_a, mut of_b, mut odd) = (0, 0, 0);
+    while of_b < ROUNDS * (BUSY + 1) {
+        let told = sys::epoll_wait(ep, 8, 20_000).expect("events");
+        if told.is_empty() {
+            log!("nothing came after {of_a} and {of_b}");
+            break;
+        }
+        if told.iter().any(|e| e.0 == 1) {
+            of_a += usize::from(a.get(1) == "got 1");
+        }
+        if told.iter().any(|e| e.0 == 2) {
+            of_b += usize::from(b.get(1) == "got 1");
+            // This one was sent after the other's.
+            odd += usize::from(of_a < of_b / (BUSY + 1));
+            b.put(1);
+        }
+    }
+    log!("{of_a} {of_b} {}, out of order {odd}", w.finish());
 }
 
 fn epoll_two_sets(w: &World) {

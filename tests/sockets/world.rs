@@ -271,6 +271,21 @@ fn agent_do(w: &[&str], ends: &mut HashMap<i32, End>, listeners: &mut HashMap<u1
             sys::nofile(num(1) as u64);
             return "limited".into();
         }
+        // On the second end so many ping-pongs, and then a byte on the first before one more; so many rounds.
+        "ordered" => {
+            for _ in 0..num(3) {
+                let Some(b) = ends.get_mut(&(num(2) as i32)) else { return "no such end".into() };
+                if !b.ping(num(4) as usize) {
+                    return "no answer".into();
+                }
+                let sent = ends.get_mut(&(num(1) as i32)).map(|a| a.put(1));
+                let Some(b) = ends.get_mut(&(num(2) as i32)).filter(|_| sent.is_some()) else {
+                    return "no such end".into();
+                };
+                b.ping(1);
+            }
+            return "done".into();
+        }
         "sleep" => {
             sys::sleep_ms(num(1) as u64);
             return "slept".into();

@@ -42,9 +42,16 @@
 //! was asked (the peer has left it, or one direction is on TCP). When the kernel fills a result the next one
 //! begins with the members.
 //!
-//! Order: who sends on one connection and then on another may count on the first being told of no later. So the
-//! kernel is asked before a result from the ring goes out as long as connections of the set are on TCP. Not kept yet is the
-//! order of a cold member and a hot one, whose bytes are seen without the doorbell of the other.
+//! # Order
+//!
+//! Who sends on one connection and then on another may count on the first being told of no later: the kernel has what is
+//! ready in a list, in the order in which it came. Of the first, A, and the second, B, which is hot and found ready:
+//!
+//! - A is on TCP: the kernel is asked before a result from the ring goes out as long as connections of the set are.
+//! - A is cold: its doorbell was rung before B's bytes were produced. With those their process says how many doorbells
+//!   it has rung at ours (`[bell.order]`); when that has changed the kernel is asked before B is told of. (It counts the
+//!   pair's doorbells, not the set's: at worst it is asked in vain.)
+//! - A is hot and was looked at before B: it is looked at again before the result goes out, if there is room.
 
 mod links;
 mod set;
@@ -412,6 +419,9 @@ impl Waiting<'_> {
     fn result_under<'s>(&'s self, mut s: Locked<'s>, k: usize, look: Look) -> Option<c_int> {
         let set = &self.e.set;
         let mut n = s.fill(self.out, k, look);
+        if s.is_behind() {
+            (s, n, _) = self.catch_up(s, n, look)?;
+        }
         if n == 0 {
             return None;
         }
@@ -431,6 +441,30 @@ impl Waiting<'_> {
             s.hand_over(self.epfd);
         }
         Some(n as c_int)
+    }
+
+    /// The kernel is asked before the result, which has `n` entries, goes on; so many then, the last of them the kernel's.
+    #[cold]
+    fn catch_up<'s>(
+        &'s self,
+        mut s: Locked<'s>,
+        mut n: usize,
+        look: Look,
+    ) -> Option<(Locked<'s>, usize, usize)> {
+        let mut k = 0;
+        // Twice at most: peers that go on ringing are not to be waited for.
+        for again in [true, false] {
+            if !s.is_behind() {
+                break;
+            }
+            let of = s.before_catching_up();
+            drop(s);
+            k = self.take_rings(n, self.ask_kernel(n));
+            s = self.e.set.locked()?;
+            s.kernel_said(k);
+            n = s.go_on(self.out, n, k, of, look, again);
+        }
+        Some((s, n, k))
     }
 
     /// The result of a wait that may not sleep.

@@ -216,6 +216,8 @@ struct Mapped<'a> {
     txbuf: Buffer,
     rxbuf: Buffer,
     bell: i32,
+    /// Doorbells that this process has rung at the peer's.
+    rang: &'a AtomicU32,
 }
 
 impl Mapped<'_> {
@@ -352,6 +354,7 @@ impl Socket {
             // SAFETY: as above.
             rxbuf: unsafe { Buffer::new(rp, rn) },
             bell: est.bell.raw(),
+            rang: est.buffers.lgr().rang(),
         })
     }
 

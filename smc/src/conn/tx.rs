@@ -518,6 +518,8 @@ impl Socket {
         // that are complete in the ring, and its next publication covers them.
         s.tx.prod.store(at, Relaxed);
         s.tx.msgs.store(s.tx.msgs.load(Relaxed) + 1, Relaxed);
+        // ORDERING [bell.order] Release; pairs with the Acquire in `rang`. Carries: those rings, which are in the kernel.
+        m.me.tx.rang.store(m.rang.load(Relaxed), Release);
         ring::publish(&m.me.tx, at, false);
         let mut owed = self.produced(s, m);
         let mut taken = n;
@@ -564,7 +566,10 @@ impl Socket {
     pub(super) fn ring_peer(&self, s: &Slot, m: &Mapped<'_>) -> isize {
         s.wait.doorbells.fetch_add(1, Relaxed);
         // EAGAIN: unread rings are there already. EPIPE: the peer let go; its end of file tells us.
-        s.wait.rings.pay(|| sys::ring(m.bell))
+        let r = s.wait.rings.pay(|| sys::ring(m.bell));
+        // Relaxed: what comes after it in this thread, or in one that it tells, is published with it.
+        m.rang.fetch_add(1, Relaxed);
+        r
     }
 
     /// Every so many messages: whether the peer has taken nothing since the last time. A program that only sends would

@@ -714,6 +714,13 @@ impl Socket {
         self.mapped().is_some_and(|m| doorbell::asked(m.peer))
     }
 
+    /// How many doorbells the peer's process had rung at this one before it produced what a look before this has found.
+    #[inline]
+    pub fn rang(&self) -> u32 {
+        // ORDERING [bell.order] Acquire; pairs with the Release in `put`.
+        self.mapped().map_or(0, |m| m.peer.tx.rang.load(Acquire))
+    }
+
     /// Producer's and consumer's cursors as they stand: they change when something has happened. That the stream
     /// leaves the ring is nothing new to read.
     #[inline]

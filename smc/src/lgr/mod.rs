@@ -21,6 +21,7 @@ mod seat;
 
 pub use buffers::ConnBuffers;
 
+use crate::sync::AtomicU32 as Plain;
 use crate::{
     mem::rmb::{Rmb, Segment, try_lock},
     rawcall,
@@ -61,6 +62,8 @@ pub struct LinkGroup {
     entry: Arc<Entry>,
     registry: &'static Registry,
     memory: Memory,
+    /// Doorbells of its connections that this process has rung.
+    rang: Plain,
 }
 
 #[derive(Debug)]
@@ -85,6 +88,12 @@ impl LinkGroup {
             Owner::Local => self.entry.id,
             Owner::Remote => self.entry.key.number,
         }
+    }
+
+    /// Doorbells of its connections that this process has rung.
+    #[inline]
+    pub(crate) fn rang(&self) -> &Plain {
+        &self.rang
     }
 
     /// Takes no more connections, and is found by nobody. Connections that it has keep it alive, and can see
@@ -205,7 +214,7 @@ pub(crate) fn owned(pid: i32, uid: u32, instance: u64) -> Asked {
     let memory = Memory::Own(Rmb::default());
     match registry.reserve(key) {
         Ok(r) => r
-            .publish(|entry| LinkGroup { entry: entry.clone(), registry, memory })
+            .publish(|entry| LinkGroup { entry: entry.clone(), registry, memory, rang: Plain::new(0) })
             .map_or(Asked::Busy, Asked::Group),
         Err(Found::Group(m)) => Asked::Group(m),
         Err(_) => Asked::Busy,
@@ -232,7 +241,12 @@ pub(crate) fn mapped<E>(key: LgrKey, first: impl FnOnce() -> Result<Arc<Segment>
     match registry.reserve(key) {
         Ok(reservation) => {
             let memory = Memory::Mapped(Mutex::new(vec![first()?]));
-            let member = reservation.publish(|entry| LinkGroup { entry: entry.clone(), registry, memory });
+            let member = reservation.publish(|entry| LinkGroup {
+                entry: entry.clone(),
+                registry,
+                memory,
+                rang: Plain::new(0),
+            });
             Ok(member.map_or(Asked::Busy, Asked::Group))
         }
         Err(Found::Group(m)) => Ok(Asked::Group(m)),

@@ -41,6 +41,8 @@ pub struct TxLine {
     pub prod: AtomicU64,
     /// The TCP byte offset at which the stream goes over to the ring, plus one; 0: not announced.
     pub switch_at: AtomicU64,
+    /// Doorbells that this side's process had rung at the peer's before it produced last, of all their connections.
+    pub rang: Plain,
     /// SO_SNDBUF, if the program has set it; 0: it has not. See `conn/bounds.rs`.
     pub sndbuf: Plain,
 }

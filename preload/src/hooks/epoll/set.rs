@@ -187,6 +187,10 @@ pub(super) struct Member {
     pub space_owed: bool,
     /// The producer's cursor at the last report.
     seen: u64,
+    /// The result in which it was last looked at and found empty, and the producer's cursor then.
+    looked: (u64, u64),
+    /// What the peer had [rung](engine::conn::Socket::rang) when the kernel was last asked for that.
+    rang: u32,
     empty: u32,
     /// Where the member is in the result that is being made.
     result: (u64, usize),
@@ -222,6 +226,8 @@ impl Member {
             fresh: true,
             space_owed: false,
             seen: u64::MAX,
+            looked: (0, 0),
+            rang: 0,
             empty: 0,
             result: (0, 0),
         }
@@ -350,6 +356,8 @@ pub(super) struct Inner {
     result: u64,
     /// A hot member may have something to say in the kernel.
     partly: bool,
+    /// The kernel may have a ring that was on its way before what a hot member has.
+    behind: bool,
     /// Members that the kernel tells of.
     on_tcp: u32,
     /// TCP sockets that are in the set but not connected yet: fd, events, data.
@@ -406,6 +414,7 @@ impl Set {
                 result: 0,
                 on_tcp: 0,
                 partly: false,
+                behind: false,
                 inner_sets: Vec::new(),
                 early: Vec::new(),
             }),
@@ -669,7 +678,8 @@ impl Inner {
         let n = self.translate_all(out, 0, 0, kernel);
         self.kernel_filled = n > 0 && n == out.max;
         self.partly = false;
-        if self.hot.is_empty() || n >= out.max { n } else { self.add_hot(out, n, look) }
+        self.behind = false;
+        if self.hot.is_empty() || n >= out.max { n } else { self.add_hot(out, n, look, kernel == 0) }
     }
 
     /// Whether the kernel should be asked as well for what the last result has.
@@ -735,9 +745,58 @@ impl Inner {
         true
     }
 
-    /// Adds what is ready of the hot members, in turn.
-    fn add_hot(&mut self, out: Out, mut n: usize, look: Look) -> usize {
-        let Inner { members, hot, turn, result, partly, .. } = self;
+    /// Whether the result is not to go on before the kernel is asked: a hot member has something that came after its
+    /// peer had rung a doorbell.
+    pub(super) fn is_behind(&self) -> bool {
+        self.behind
+    }
+
+    /// The kernel is about to be asked. The number of the result, and how many are hot.
+    pub(super) fn before_catching_up(&mut self) -> (u64, usize) {
+        self.behind = false;
+        let Inner { members, hot, .. } = self;
+        for i in hot.iter() {
+            if let Some(m) = members.get_mut(*i as usize)
+                && let Some(e) = m.entry
+            {
+                m.rang = e.sock.rang();
+            }
+        }
+        (self.result, self.hot.len())
+    }
+
+    /// Goes on with the result that [`before_catching_up`](Self::before_catching_up) said, which has `n` entries, after the kernel has
+    /// given `kernel` more and doorbells. `again`: it may be behind once more.
+    pub(super) fn go_on(
+        &mut self,
+        out: Out,
+        n: usize,
+        kernel: usize,
+        of: (u64, usize),
+        look: Look,
+        again: bool,
+    ) -> usize {
+        let other = self.result != of.0;
+        if other {
+            // Another thread has made a result meanwhile; ours gets a new number.
+            self.result += 1;
+        }
+        let k = self.translate_all(out, n, n, kernel);
+        if k >= out.max || self.hot.is_empty() || other && n > 0 {
+            return k;
+        }
+        if self.hot.len() > of.1 {
+            // Those whose doorbells have rung come first.
+            self.turn = of.1;
+        }
+        self.add_hot(out, k, look, again && kernel == 0)
+    }
+
+    /// Adds what is ready of the hot members, in turn. `ordered`: up to one before which the kernel must be asked. (Not if
+    /// it has been asked and has something: it would say that again.)
+    fn add_hot(&mut self, out: Out, mut n: usize, look: Look, ordered: bool) -> usize {
+        let Inner { members, hot, turn, result, partly, behind, .. } = self;
+        let from = n;
         let mut at = if *turn < hot.len() { *turn } else { 0 };
         let mut left = hot.len();
         while left > 0 && n < out.max && !hot.is_empty() {
@@ -750,6 +809,10 @@ impl Inner {
             if m.result.0 != *result {
                 *partly |= !m.tcp_silent();
                 let (bits, prod) = m.pending();
+                if ordered && bits & IN != 0 && m.entry.is_some_and(|e| e.sock.rang() != m.rang) {
+                    *behind = true;
+                    break;
+                }
                 if bits != 0 {
                     m.reported(bits, prod);
                     m.result = (*result, n);
@@ -761,11 +824,14 @@ impl Inner {
                     {
                         e.sock.count_wait(false);
                     }
-                } else if look != Look::Polling {
-                    m.empty += 1;
-                    if m.empty >= COOL {
-                        m.arm();
-                        keep = m.pending().0 != 0;
+                } else {
+                    m.looked = (*result, prod);
+                    if look != Look::Polling {
+                        m.empty += 1;
+                        if m.empty >= COOL {
+                            m.arm();
+                            keep = m.pending().0 != 0;
+                        }
                     }
                 }
             }
@@ -777,6 +843,29 @@ impl Inner {
             }
         }
         *turn = at;
+        if n > from && self.hot.len() > 1 { self.add_late(out, n) } else { n }
+    }
+
+    /// A member that was found empty before another was found ready may have got something before that one did.
+    #[inline(never)]
+    fn add_late(&mut self, out: Out, mut n: usize) -> usize {
+        let Inner { members, hot, result, .. } = self;
+        hot.retain(|i| {
+            let Some(m) = members.get_mut(*i as usize) else { return false };
+            let moved = |e: &Entry| e.sock.activity().0 != m.looked.1;
+            if n >= out.max || m.looked.0 != *result || m.result.0 == *result || !m.entry.is_some_and(moved) {
+                return true;
+            }
+            let (bits, prod) = m.pending();
+            if bits != 0 {
+                m.reported(bits, prod);
+                m.result = (*result, n);
+                out.write(n, bits, m.data);
+                n += 1;
+            }
+            m.hot = !m.disabled;
+            m.hot
+        });
         n
     }
 
