@@ -244,7 +244,7 @@ unsafe fn wait(epfd: c_int, events: *mut epoll_event, max: c_int, call: Call) ->
     // SAFETY: as the caller vouches.
     let out = unsafe { Out::new(events, max as usize) };
     if inner || e.set.is_watching() {
-        return Waiting { e: &e, epfd, out, call, asked: Cell::new(false) }.run(None);
+        return Waiting { e: &e, epfd, out, call, asked: Cell::new(false), more: Cell::new(false) }.run(None);
     }
     // ORDERING [epoll.watch] SeqCst; pairs with the fence in `Set::watch`.
     e.set.fall_asleep();
@@ -255,7 +255,8 @@ unsafe fn wait(epfd: c_int, events: *mut epoll_event, max: c_int, call: Call) ->
         return n;
     }
     // A connection has switched meanwhile.
-    Waiting { e: &e, epfd, out, call, asked: Cell::new(asked) }.run(asked.then_some(n as usize))
+    Waiting { e: &e, epfd, out, call, asked: Cell::new(asked), more: Cell::new(false) }
+        .run(asked.then_some(n as usize))
 }
 
 /// A wait of libc's for the set, which has been told that a thread falls asleep.
@@ -275,6 +276,8 @@ struct Waiting<'a> {
     call: Call,
     /// The kernel has been asked in this wait.
     asked: Cell<bool>,
+    /// It may have been told since to look for more.
+    more: Cell<bool>,
 }
 
 impl Waiting<'_> {
@@ -296,7 +299,7 @@ impl Waiting<'_> {
         let mut one = epoll_event { events: 0, u64: 0 };
         // SAFETY: one entry, which lives over the wait.
         let out = unsafe { Out::new(&raw mut one, 1) };
-        let n = Waiting { out, asked: Cell::new(false), ..*self }.wait(None);
+        let n = Waiting { out, asked: Cell::new(false), more: Cell::new(false), ..*self }.wait(None);
         if n > 0 { crate::hook::fail(libc::EFAULT) } else { n }
     }
 
@@ -387,6 +390,7 @@ impl Waiting<'_> {
     /// What the kernel has, into the result from entry `from` on.
     fn ask_kernel(&self, from: usize) -> usize {
         self.asked.set(true);
+        self.more.set(false);
         let rest = self.out.max.saturating_sub(from);
         // SAFETY: a part of the program's array, as for `wait`.
         let n = unsafe { sys::epoll_poll(self.epfd, self.out.ptr().wrapping_add(from), rest) };
@@ -419,13 +423,15 @@ impl Waiting<'_> {
     fn result_under<'s>(&'s self, mut s: Locked<'s>, k: usize, look: Look) -> Option<c_int> {
         let set = &self.e.set;
         let mut n = s.fill(self.out, k, look);
+        let mut k = k;
         if s.is_behind() {
-            (s, n, _) = self.catch_up(s, n, look)?;
+            (s, n, k) = self.catch_up(s, n, look)?;
         }
         if n == 0 {
             return None;
         }
-        if !self.asked.get()
+        // Not twice of what it has: that would be told twice.
+        if (!self.asked.get() || k == 0 && self.more.get())
             && n < self.out.max
             && let Some(number) = s.is_partial()
         {
@@ -512,6 +518,7 @@ impl Waiting<'_> {
     fn obey(&self, rung: Rung) {
         let Some((r, fd)) = named(rung.entry, rung.fd) else { return };
         if rung.empty_it {
+            self.more.set(true);
             return rang(&r, fd, Some(self.e.id()));
         }
         r.sock.obey(fd);
@@ -520,6 +527,7 @@ impl Waiting<'_> {
         }
         if r.sock.take_changed() {
             resync(&r, fd);
+            self.more.set(true);
         }
     }
 
