@@ -31,6 +31,7 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(far_linger_zero_after_data),
     s!(linger_seconds),
     s!(close_with_unsent_data),
+    s!(close_with_a_small_buffer_and_much_unread).procs().not_tiny(),
     s!(shutdown_with_unsent_data),
     s!(simultaneous_close),
     s!(so_error_clears),
@@ -321,6 +322,18 @@ fn close_with_unsent_data(w: &World) {
     log!("close {}", show(sys::close(c.fd)));
     sys::sleep_ms(50);
     log!("far all {}", w.far(&c, "drain") == format!("EOF after {n}"));
+}
+
+/// All of it is the kernel's to deliver, however long nobody reads.
+fn close_with_a_small_buffer_and_much_unread(w: &World) {
+    let mut c = w.pair();
+    w.far(&c, "put 200000");
+    w.far(&c, &format!("setopt {} {} 8192", libc::SOL_SOCKET, libc::SO_SNDBUF));
+    log!("{}", show(sys::setsockopt(c.fd, libc::SOL_SOCKET, libc::SO_RCVBUF, 8192)));
+    // For programs that it starts: what is unread is to come by TCP.
+    log!("{}", show(sys::dup2(c.fd, 0)));
+    log!("{}", w.far(&c, "close"));
+    log!("{} {}", c.get(200_000), c.get(1));
 }
 
 fn shutdown_with_unsent_data(w: &World) {

@@ -23,6 +23,28 @@ use crate::sync::Ordering::*;
 use crate::sys;
 use crate::wait::doorbell;
 
+/// The kernel takes `left` bytes more at once, if it lets us: SO_SNDBUF may be smaller than what the program has sent, in
+/// the ring. On TCP all of that would be the kernel's by now, and a close would not wait.
+#[cold]
+fn make_room(fd: i32, left: u64) {
+    /// As much as anybody may ask for where net.core.wmem_max is what the kernel makes it.
+    const UNPRIVILEGED: u64 = 212_992;
+    let mut b = [0u8; 4];
+    if sys::getsockopt(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, &mut b) != Ok(4) {
+        return;
+    }
+    let queued = sys::ioctl_int(fd, libc::TIOCOUTQ).map_or(0, |n| n.max(0) as u64);
+    // The kernel counts what it needs for a byte, which is more than one, and doubles what it is given for that.
+    let (now, want) = (u64::from(u32::from_ne_bytes(b)), queued + left);
+    let set = |name, n: u64| {
+        let n = n.min(i32::MAX as u64 / 2) as i32;
+        sys::setsockopt(fd, libc::SOL_SOCKET, name, &n.to_ne_bytes()) >= 0
+    };
+    if now < 2 * want && !set(libc::SO_SNDBUFFORCE, want) && now < 2 * want.min(UNPRIVILEGED) {
+        set(libc::SO_SNDBUF, want);
+    }
+}
+
 impl Socket {
     /// Before the kernel's shutdown(2).
     pub fn before_shutdown(&self, fd: i32, how: i32) {
@@ -84,9 +106,13 @@ impl Socket {
     }
 
     /// What the peer would not take from the ring must be in TCP before its FIN. Bounded: a peer that takes
-    /// nothing for five seconds loses it, as it would by TCP_USER_TIMEOUT.
+    /// nothing for five seconds loses what the kernel has no room for, as it would by TCP_USER_TIMEOUT.
     fn finish_flush(&self, fd: i32) {
         let Some(s) = self.slot() else { return };
+        if s.tx.mode.load(Acquire) == tx_mode::FLUSH {
+            make_room(fd, s.tx.prod.load(Relaxed).saturating_sub(s.tx.flush.load(Relaxed)));
+            self.progress(fd);
+        }
         for _ in 0..50 {
             if s.tx.mode.load(Acquire) != tx_mode::FLUSH {
                 return;
