@@ -58,7 +58,7 @@ impl Server {
 
     fn client(&self, more: &[&str]) -> Command {
         let mut c = smc(&["perf", "client", "127.0.0.1", "-p", &self.port]);
-        c.args(more);
+        c.args(more).envs(library().map(|l| ("SMC_LIBRARY", l)));
         c
     }
 
@@ -309,6 +309,21 @@ fn ways_are_compared_in_turn() {
     assert!(!o.status.success() && text(&o.stderr).contains("no such library"), "{}", text(&o.stderr));
 }
 
+#[test]
+fn the_crates_own_streams_go_through_memory_without_a_library() {
+    let server =
+        Server::of(smc(&["perf", "server", "-B", "127.0.0.1", "-p", "0"]).env("SMC_UPGRADE_AFTER", "0"));
+    for options in [&["--rr", "-k", "3000", "-P", "2"][..], &["-n", "30m"], &["--bidir", "-n", "10m"]] {
+        let mut c = server.client(&["--over", "native", "--verify", "-J"]);
+        let j = json(&c.args(options).env("SMC_UPGRADE_AFTER", "0").output().expect("smc"));
+        for end in ["client", "server"] {
+            assert_eq!(j["end"][end]["mode"], "SHM", "{options:?}: {}", j["end"][end]);
+        }
+    }
+    let j = server.measure(&["--over", "native", "--crr", "-k", "20", "--verify"]);
+    assert_eq!(j["end"]["latency_us"]["count"], 20);
+}
+
 /// A client that has begun a test without an end of its own, and has shown its first interval.
 fn busy(server: &Server, more: &[&str]) -> (Child, BufReader<ChildStdout>) {
     let mut c = server.client(&["-t", "3600", "-i", "0.1"]);
@@ -350,33 +365,61 @@ fn an_interrupt_ends_the_test_with_its_report() {
     }
 }
 
+/// Kills the client, then the server, of a test that has begun.
+fn kill_either(start: impl Fn() -> Server, more: &[&str]) {
+    let mut server = start();
+    let (mut client, mut out) = busy(&server, more);
+    client.kill().expect("our child");
+    client.wait().expect("our child");
+    let mut said = String::new();
+    // The pipe's end; then the server is ready for the next.
+    out.read_to_string(&mut said).expect("text");
+    let again = loop {
+        let o = server.client(&["-n", "1k", "-J"]).output().expect("smc starts");
+        if !text(&o.stdout).is_empty() || !text(&o.stderr).contains("busy") {
+            break o;
+        }
+    };
+    assert_eq!(sent_and_received(&json(&again)), (1024, 1024));
+
+    let (mut client, mut out) = busy(&server, more);
+    server.child.kill().expect("our child");
+    server.child.wait().expect("our child");
+    out.read_to_string(&mut said).expect("text");
+    assert_eq!(client.wait().expect("our child").code(), Some(1), "{more:?}");
+    let mut error = String::new();
+    client.stderr.take().expect("piped").read_to_string(&mut error).expect("text");
+    assert!(error.contains("closed"), "{more:?}: {error}");
+    assert!(said.contains("CPU:"), "what was measured is reported: {said}");
+}
+
 #[test]
 fn a_killed_end_does_not_leave_the_other_waiting() {
-    for more in [&[][..], &["-R"], &["--rr"], &["--crr"], &["--over", "unix", "-P", "3", "--io", "poll"]] {
-        let mut server = Server::start(&[]);
-        let (mut client, mut out) = busy(&server, more);
-        client.kill().expect("our child");
-        client.wait().expect("our child");
-        let mut said = String::new();
-        // The pipe's end; then the server is ready for the next.
-        out.read_to_string(&mut said).expect("text");
-        let again = loop {
-            let o = server.client(&["-n", "1k", "-J"]).output().expect("smc starts");
-            if !text(&o.stdout).is_empty() || !text(&o.stderr).contains("busy") {
-                break o;
-            }
-        };
-        assert_eq!(sent_and_received(&json(&again)), (1024, 1024));
+    let plain = || Server::start(&[]);
+    for more in [
+        &[][..],
+        &["-R"],
+        &["--rr"],
+        &["--crr"],
+        &["--over", "unix", "-P", "3", "--io", "poll"],
+        &["--over", "native"],
+        &["--over", "native", "--rr"],
+    ] {
+        kill_either(plain, more);
+    }
+}
 
-        let (mut client, mut out) = busy(&server, more);
-        server.child.kill().expect("our child");
-        server.child.wait().expect("our child");
-        out.read_to_string(&mut said).expect("text");
-        assert_eq!(client.wait().expect("our child").code(), Some(1), "{more:?}");
-        let mut error = String::new();
-        client.stderr.take().expect("piped").read_to_string(&mut error).expect("text");
-        assert!(error.contains("closed"), "{more:?}: {error}");
-        assert!(said.contains("CPU:"), "what was measured is reported: {said}");
+#[test]
+fn a_killed_end_does_not_leave_the_other_waiting_under_libsmc() {
+    let Some(library) = library() else { return eprintln!("left out: build libsmc.so first") };
+    let preloaded = || {
+        let arguments = ["perf", "server", "-B", "127.0.0.1", "-p", "0", "--over", "preload"];
+        Server::of(smc(&arguments).env("SMC_LIBRARY", &library))
+    };
+    for more in [&["-R"][..], &["--rr", "-P", "2", "--io", "epoll"], &[]] {
+        let mut all = vec!["--over", "preload"];
+        all.extend(more);
+        kill_either(preloaded, &all);
     }
 }
 

@@ -71,9 +71,10 @@ struct Session {
 /// If it did not begin.
 pub fn run(spec: &Spec, target: &Target, interrupts: &Interrupts) -> Result<Done> {
     let session = agree(spec, target, target.port, true)?;
-    let look = Look::before(&session.control.0);
+    let look = Look::before(spec.over, &session.control.0);
     let dial = Dial {
         server: session.control.0.peer_addr()?,
+        over: spec.over,
         meeting: session.meeting.clone(),
         cookie: session.cookie,
         limit: target.limit,

@@ -25,7 +25,7 @@ use crate::output::{complain, emit};
 #[derive(Debug, Args)]
 pub struct Options {
     /// Ways, the first is what the others are compared with
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "tcp,unix,preload")]
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "tcp,unix,preload,native")]
     over: Vec<Over>,
     /// What to measure
     #[arg(long, value_enum, value_delimiter = ',', default_value = "stream,small,rr,crr")]
@@ -164,6 +164,7 @@ fn name(over: Over) -> &'static str {
         Over::Tcp => "tcp",
         Over::Unix => "unix",
         Over::Preload => "preload",
+        Over::Native => "native",
     }
 }
 
@@ -241,12 +242,12 @@ fn once(case: Case, over: Over, o: &Options) -> Result<Value> {
 /// What is to be known beside the numbers: a way that was not what its name says.
 fn remark(case: Case, over: Over, end: &Value) -> Option<String> {
     let mode = end["client"]["mode"].as_str()?;
-    if over != Over::Preload || mode == "SHM" {
+    if !matches!(over, Over::Preload | Over::Native) || mode == "SHM" {
         return None;
     }
     let reasons = end["client"]["ways"]["reasons"].as_object()?;
     let reasons: Vec<&str> = reasons.keys().map(String::as_str).collect();
-    Some(format!("{} over preload went by {mode}: {}", case.name(), reasons.join(", ")))
+    Some(format!("{} over {} went by {mode}: {}", case.name(), name(over), reasons.join(", ")))
 }
 
 /// Everything.

@@ -12,13 +12,13 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
+use std::net::Shutdown;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
 use hdrhistogram::Histogram;
 use rustix::fs::MemfdFlags;
-use rustix::net::Shutdown;
 
 use super::link::Link;
 use super::pattern::{self, Check};

@@ -1,16 +1,17 @@
-//! The connections that are measured: TCP or Unix, whatever runs underneath.
+//! The connections that are measured: TCP or Unix, whatever runs underneath, or streams of `smc::net`.
 //!
-//! All calls on them go through libc, so that they are libsmc's when it is preloaded.
+//! All calls on the former go through libc, so that they are libsmc's when it is preloaded.
 
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net as unix;
 use std::time::Duration;
 
-use rustix::net::{Shutdown, sockopt};
+use rustix::net::sockopt;
 use serde::{Deserialize, Serialize};
+use smc::net;
 
 use super::spec::{Kind, Over, Spec};
 use super::wire::{self, Cookie, Problem, Result};
@@ -20,27 +21,37 @@ use super::wire::{self, Cookie, Problem, Result};
 pub enum Link {
     Tcp(TcpStream),
     Unix(unix::UnixStream),
+    Native(net::Stream),
 }
 
 impl Link {
     /// As the test wants it.
     pub fn prepare(&self, spec: &Spec) -> Result<()> {
-        let Self::Tcp(s) = self else { return Ok(()) };
         // A request that waits for company would be measured, not the way.
-        s.set_nodelay(spec.nodelay || spec.kind != Kind::Stream)?;
-        set_window(s, spec.window)
+        let nodelay = spec.nodelay || spec.kind != Kind::Stream;
+        match self {
+            Self::Tcp(s) => s.set_nodelay(nodelay)?,
+            Self::Native(s) => s.set_nodelay(nodelay)?,
+            Self::Unix(_) => return Ok(()),
+        }
+        set_window(self, spec.window)
     }
 
     /// Ends a direction, or both, also for those that sleep in it.
     pub fn shutdown(&self, how: Shutdown) {
         // It may be over already.
-        let _ = rustix::net::shutdown(self, how);
+        let _ = match self {
+            Self::Tcp(s) => s.shutdown(how),
+            Self::Unix(s) => s.shutdown(how),
+            Self::Native(s) => s.shutdown(how),
+        };
     }
 
     pub fn nonblocking(&self) -> io::Result<()> {
         match self {
             Self::Tcp(s) => s.set_nonblocking(true),
             Self::Unix(s) => s.set_nonblocking(true),
+            Self::Native(s) => s.set_nonblocking(true),
         }
     }
 
@@ -48,6 +59,7 @@ impl Link {
         match self {
             Self::Tcp(s) => (&mut &*s).read(to),
             Self::Unix(s) => (&mut &*s).read(to),
+            Self::Native(s) => (&mut &*s).read(to),
         }
     }
 
@@ -55,13 +67,17 @@ impl Link {
         match self {
             Self::Tcp(s) => (&mut &*s).write(from),
             Self::Unix(s) => (&mut &*s).write(from),
+            Self::Native(s) => (&mut &*s).write(from),
         }
     }
 
     /// Both addresses, own first; a Unix socket has none that would say anything.
     pub fn addresses(&self) -> Option<(SocketAddr, SocketAddr)> {
-        let Self::Tcp(s) = self else { return None };
-        Some((s.local_addr().ok()?, s.peer_addr().ok()?))
+        match self {
+            Self::Tcp(s) => s.local_addr().ok().zip(s.peer_addr().ok()),
+            Self::Native(s) => s.local_addr().ok().zip(s.peer_addr().ok()),
+            Self::Unix(_) => None,
+        }
     }
 }
 
@@ -70,6 +86,7 @@ impl AsFd for Link {
         match self {
             Self::Tcp(s) => s.as_fd(),
             Self::Unix(s) => s.as_fd(),
+            Self::Native(s) => s.as_fd(),
         }
     }
 }
@@ -87,6 +104,7 @@ fn set_window(socket: &impl AsFd, window: Option<usize>) -> Result<()> {
 pub enum Listener {
     Tcp(TcpListener),
     Unix(unix::UnixListener),
+    Native(net::Listener),
 }
 
 /// How the client finds it.
@@ -110,6 +128,11 @@ impl Listener {
                 let address = unix::SocketAddr::from_abstract_name(&name)?;
                 Ok(Some((Self::Unix(unix::UnixListener::bind_addr(&address)?), Meeting::Unix(name))))
             }
+            (Over::Native, _) => {
+                let l = net::Listener::bind((ip, 0))?;
+                let port = l.local_addr()?.port();
+                Ok(Some((Self::Native(l), Meeting::Port(port))))
+            }
             (_, Kind::Crr) => {
                 let l = TcpListener::bind((ip, 0))?;
                 let port = l.local_addr()?.port();
@@ -123,6 +146,7 @@ impl Listener {
         Ok(match self {
             Self::Tcp(l) => Link::Tcp(l.accept()?.0),
             Self::Unix(l) => Link::Unix(l.accept()?.0),
+            Self::Native(l) => Link::Native(l.accept()?.0),
         })
     }
 
@@ -131,9 +155,10 @@ impl Listener {
         let fd = match self {
             Self::Tcp(l) => l.as_fd(),
             Self::Unix(l) => l.as_fd(),
+            Self::Native(l) => l.as_fd(),
         };
         // Once is enough.
-        let _ = rustix::net::shutdown(fd, Shutdown::Both);
+        let _ = rustix::net::shutdown(fd, rustix::net::Shutdown::Both);
     }
 }
 
@@ -141,6 +166,7 @@ impl Listener {
 #[derive(Debug, Clone)]
 pub struct Dial {
     pub server: SocketAddr,
+    pub over: Over,
     pub meeting: Meeting,
     pub cookie: Cookie,
     pub limit: Duration,
@@ -153,6 +179,9 @@ impl Dial {
                 let s = TcpStream::connect_timeout(&self.server, self.limit)?;
                 (&s).write_all(&self.cookie)?;
                 Link::Tcp(s)
+            }
+            Meeting::Port(port) if self.over == Over::Native => {
+                Link::Native(net::Stream::connect((self.server.ip(), *port))?)
             }
             // No time limit: a measured connect is one system call.
             Meeting::Port(port) => Link::Tcp(TcpStream::connect((self.server.ip(), *port))?),

@@ -66,7 +66,7 @@ pub struct Ways {
     pub polled: u64,
     pub slept: u64,
     pub doorbells: u64,
-    /// This end runs under libsmc.so.
+    /// This end runs under libsmc.so, or the streams are those of `smc::net`.
     pub preloaded: bool,
 }
 
@@ -110,15 +110,15 @@ impl Ways {
 pub struct Look {
     /// Both addresses of the control connection, which is not part of the test.
     control: Option<(SocketAddr, SocketAddr)>,
-    /// `None`: not under libsmc.
+    /// `None`: no libsmc here.
     before: Option<Totals>,
 }
 
 impl Look {
     /// Before the connections of the test are made.
-    pub fn before(control: &TcpStream) -> Self {
+    pub fn before(over: Over, control: &TcpStream) -> Self {
         let control = control.local_addr().ok().zip(control.peer_addr().ok());
-        let before = preloaded().then(|| totals(control));
+        let before = (preloaded() || over == Over::Native).then(|| totals(control));
         Self { control, before }
     }
 

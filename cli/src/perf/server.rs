@@ -243,7 +243,7 @@ impl Server {
             Ok(None) => (None, Meeting::Here),
             Err(why) => return refuse(control, ours, &why),
         };
-        let look = Look::before(&control.0);
+        let look = Look::before(spec.over, &control.0);
         control.send(State::CreateStreams)?;
         if ours {
             control.send_json(&meeting)?;

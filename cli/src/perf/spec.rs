@@ -27,6 +27,8 @@ pub enum Over {
     Unix,
     /// TCP under libsmc.so
     Preload,
+    /// The streams of the crate smc (`smc::net`)
+    Native,
 }
 
 impl Over {}
@@ -119,6 +121,9 @@ impl Spec {
         if self.zerocopy && self.verify {
             return no("-Z sends one block again and again, so --verify could not tell a lost one");
         }
+        if self.over == Over::Native && (self.io != Io::Blocking || self.zerocopy) {
+            return no("--over native is measured with --io blocking, and without -Z");
+        }
         if self.kind == Kind::Crr && self.io != Io::Blocking {
             return no("--crr is measured with --io blocking only");
         }
@@ -156,6 +161,7 @@ impl Spec {
         match () {
             () if self.kind != Kind::Stream => return no("--rr and --crr"),
             () if self.over == Over::Unix => return no("Unix sockets"),
+            () if self.over == Over::Native => return no("streams of smc::net"),
             () if self.verify => return no("--verify"),
             () if self.length > 1 << 20 => return no("blocks of more than 1 MiB"),
             () if self.parallel > 128 => return no("more than 128 streams"),
@@ -289,6 +295,8 @@ mod tests {
         refused(|s| s.bytes = Some(1), "-n");
         refused(|s| s.threads = 0, "--threads");
         refused(|s| (s.zerocopy, s.verify) = (true, true), "-Z");
+        refused(|s| (s.over, s.io) = (Over::Native, Io::Poll), "native");
+        refused(|s| (s.over, s.zerocopy) = (Over::Native, true), "native");
         refused(|s| (s.kind, s.direction) = (Kind::Rr, Direction::Reverse), "-R");
         refused(|s| (s.kind, s.io) = (Kind::Crr, Io::Epoll), "--crr");
     }

@@ -10,13 +10,12 @@
 //! every byte by then, if the other end is ours. Whatever happens the threads end: a connection that is shut down
 //! wakes who sleeps in it.
 
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
-use rustix::net::Shutdown;
 use serde::{Deserialize, Serialize};
 
 use super::drive::{Work, shares};
