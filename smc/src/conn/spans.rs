@@ -184,7 +184,7 @@ impl Reserved<'_> {
         // As in `put`: own copy first.
         s.tx.prod.store(at + n as u64, Relaxed);
         s.tx.msgs.store(s.tx.msgs.load(Relaxed) + 1, Relaxed);
-        ring::publish(&m.me.tx, at + n as u64, false);
+        m.publish(at + n as u64);
         let mut owed = sock.produced(s, &m);
         if owed.stop {
             owed.ring |= sock.leave_ring(fd, s, &m);

@@ -126,6 +126,17 @@ unsafe fn send_part(fd: i32, iov: &[libc::iovec], flags: i32) -> isize {
     }
 }
 
+impl Mapped<'_> {
+    /// The bytes before `prod` are the peer's to read; with them it learns what was rung before.
+    #[inline(always)]
+    pub(super) fn publish(&self, prod: u64) {
+        // ORDERING [bell.order] Release; pairs with the Acquire in `Socket::rang`. Carries: those rings, which are in the
+        // kernel.
+        self.me.tx.rang.store(self.rang.load(Relaxed), Release);
+        ring::publish(&self.me.tx, prod, false);
+    }
+}
+
 enum Put {
     Bytes(usize),
     Full,
@@ -518,9 +529,7 @@ impl Socket {
         // that are complete in the ring, and its next publication covers them.
         s.tx.prod.store(at, Relaxed);
         s.tx.msgs.store(s.tx.msgs.load(Relaxed) + 1, Relaxed);
-        // ORDERING [bell.order] Release; pairs with the Acquire in `rang`. Carries: those rings, which are in the kernel.
-        m.me.tx.rang.store(m.rang.load(Relaxed), Release);
-        ring::publish(&m.me.tx, at, false);
+        m.publish(at);
         let mut owed = self.produced(s, m);
         let mut taken = n;
         if owed.stop {

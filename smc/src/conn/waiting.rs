@@ -717,7 +717,7 @@ impl Socket {
     /// How many doorbells the peer's process had rung at this one before it produced what a look before this has found.
     #[inline]
     pub fn rang(&self) -> u32 {
-        // ORDERING [bell.order] Acquire; pairs with the Release in `put`.
+        // ORDERING [bell.order] Acquire; pairs with the Release in `Mapped::publish`.
         self.mapped().map_or(0, |m| m.peer.tx.rang.load(Acquire))
     }
 
