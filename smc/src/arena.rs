@@ -48,7 +48,7 @@ pub mod tx_mode {
     pub const DONE: u32 = 5;
 }
 
-/// Values of [`Slot::reset`]: how the connection's end is told, see `conn/fate.rs`. All others are an errno that is
+/// Values of the field `reset` of [`Slot`]: how the connection's end is told, see `conn/fate.rs`. All others are an errno that is
 /// to be told.
 pub mod reset {
     /// The peer had shut its direction and lived: its FIN says nothing of its death any more.

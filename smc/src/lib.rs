@@ -1,7 +1,12 @@
-//! libsmc's engine: TCP connections that move their bytes through memory.
+//! TCP connections that move their bytes through memory.
+//!
+//! Programs use [`net`], which is like `std::net`, and perhaps [`stats`]; what these show of other modules ([`reason`],
+//! [`LinkGroup`]) is part of it. All the rest is the engine that they and the shim, `libsmc.so`, have in common: it is
+//! public for the shim's sake, and may change with any version.
 //!
 //! | module | what lives there |
 //! | --- | --- |
+//! | [`net`] | streams and listeners for programs |
 //! | [`conn`] | one connection: both directions, the switch to the ring and back, waiting |
 //! | [`ring`] | the byte ring |
 //! | [`smcr`] | SMC-R between hosts: what to say and what to make of what is heard; no I/O |
@@ -53,3 +58,5 @@ pub mod sync;
 pub mod sys;
 pub mod wait;
 pub mod wire;
+
+pub use lgr::LinkGroup;

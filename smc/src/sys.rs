@@ -394,11 +394,35 @@ fn libc_result(n: isize) -> isize {
     if n < 0 { -(std::io::Error::last_os_error().raw_os_error().unwrap_or(0) as isize) } else { n }
 }
 
+/// Whether both are numbers of one open file, as far as the kernel says (kcmp(2)).
+pub fn same_file(a: i32, b: i32) -> bool {
+    const KCMP_FILE: usize = 0;
+    let me = getpid() as usize;
+    // SAFETY: no pointers.
+    unsafe { syscall6(libc::SYS_kcmp, me, me, KCMP_FILE, a as usize, b as usize, 0) == 0 }
+}
+
+/// An eventfd(2) whose count is 1, so that it is readable always; of our own numbers.
+pub fn readable_eventfd() -> Result<crate::fd::Fd, i32> {
+    let flags = libc::EFD_CLOEXEC | libc::EFD_NONBLOCK;
+    // SAFETY: no pointers.
+    let fd = crate::rawsys::check(unsafe { syscall6(libc::SYS_eventfd2, 1, flags as usize, 0, 0, 0, 0) })?;
+    crate::fd::Fd::from_raw(fd as i32).raise(fd_base())
+}
+
 /// `fd` as std has it. The owner of `keeper` keeps it open.
 pub(crate) fn borrow<T>(keeper: &T, fd: i32) -> std::os::fd::BorrowedFd<'_> {
     let _ = keeper;
     // SAFETY: open for as long as `keeper` is borrowed, which its owner sees to.
     unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) }
+}
+
+/// `fd` as std's TCP socket, which is not closed with the result. Its owner keeps it open meanwhile, or gives it away by
+/// this.
+pub(crate) fn lend_tcp(fd: i32) -> std::mem::ManuallyDrop<std::net::TcpStream> {
+    use std::os::fd::FromRawFd as _;
+    // SAFETY: open, and the owner's (`net::core`), which alone calls this.
+    std::mem::ManuallyDrop::new(unsafe { std::net::TcpStream::from_raw_fd(fd) })
 }
 
 /// listen(2) once more, with another backlog.

@@ -59,15 +59,7 @@ impl Check {
                 "warnings",
             ])),
             Self::Build => step(shell::cargo().args(["build", "--quiet", "--release"])),
-            Self::Unit => tests(shell::cargo().args([
-                "test",
-                "--quiet",
-                "--release",
-                "--workspace",
-                "--exclude",
-                "libsmc",
-                "--no-fail-fast",
-            ])),
+            Self::Unit => unit(),
             Self::Loom => loom(),
             Self::Weak => weak(),
             Self::E2e => e2e(),
@@ -115,6 +107,15 @@ fn step(command: &mut Command) -> io::Result<Tally> {
 fn tests(command: &mut Command) -> io::Result<Tally> {
     let (status, lines) = shell::tee(command)?;
     Ok(Tally::from_run(status.success(), &lines))
+}
+
+/// The tests of the crates, and the examples in the documentation of what is behind features.
+fn unit() -> io::Result<Tally> {
+    let all = ["test", "--quiet", "--release", "--workspace", "--exclude", "libsmc", "--no-fail-fast"];
+    let mut tally = tests(shell::cargo().args(all))?;
+    let documented = ["test", "--quiet", "--release", "-p", "smc", "--all-features", "--doc"];
+    tally.add(tests(shell::cargo().args(documented))?);
+    Ok(tally)
 }
 
 /// The top-level tests. They run the release build of the library, the `smc` command and the examples.

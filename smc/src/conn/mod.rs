@@ -158,6 +158,8 @@ pub struct Socket {
     handed: AtomicU32,
     /// Calls without waiting that have found nothing.
     idle: AtomicU32,
+    /// Calls that armed the doorbell for a set that is told of edges.
+    rearms: AtomicU32,
     /// How much the peer had taken when a sender last looked.
     cons_then: AtomicU64,
     /// The producer cursor up to which the program knows of bytes in the ring.
@@ -264,6 +266,7 @@ impl Socket {
             parked: AtomicU32::new(0),
             handed: AtomicU32::new(0),
             idle: AtomicU32::new(0),
+            rearms: AtomicU32::new(0),
             cons_then: AtomicU64::new(0),
             promised: AtomicU64::new(0),
             fork: AtomicU32::new(0),

@@ -23,6 +23,8 @@ use std::io::{IoSlice, IoSliceMut};
 
 /// IOV_MAX (limits.h): more are not looked at, as std does it.
 const MOST_PIECES: usize = 1024;
+/// Of so many calls that arm, one looks how many rings lie unread.
+const THIN: u32 = 32;
 const EAGAIN: isize = -(libc::EAGAIN as isize);
 
 fn read_only<'a>(bufs: &'a [IoSlice<'_>]) -> &'a [libc::iovec] {
@@ -154,6 +156,45 @@ impl Socket {
             }
         }
         0
+    }
+
+    /// For sets that are told of edges and in which the doorbell and TCP both are (mio, tokio): a call that does not wait
+    /// has found no bytes (POLLIN) or no room (POLLOUT), and its caller is about to wait for an event. Arms for that. True:
+    /// it has come meanwhile, so look again. `first`: also whether TCP has something to say that the ring does not
+    /// know of; once for each call, since what it is the call finds out.
+    ///
+    /// No wake-up is lost: armed, fence, look, against publish, fence, look at the armed word (`[bell.recheck]`); and a ring is an
+    /// edge of the doorbell, which the kernel reports as long as there are bytes in it. Nobody takes the last of them:
+    /// [`thin_bell`](Self::thin_bell).
+    pub fn rearm(&self, fd: i32, events: u32, first: bool) -> bool {
+        let (Some(s), Some(m)) = (self.slot(), self.mapped()) else { return false };
+        if self.rearms.fetch_add(1, Relaxed).is_multiple_of(THIN) {
+            self.thin_bell(m.bell);
+        }
+        self.arm(events);
+        if self.look_at(fd).ready & events != 0 || self.ask_bell(fd, s, &m) {
+            return true;
+        }
+        let mut p = [libc::pollfd { fd, events: libc::POLLIN | libc::POLLRDHUP, revents: 0 }];
+        let stray = first
+            && events & libc::POLLIN as u32 != 0
+            && s.rx.mode.load(Acquire) == rx_mode::RING
+            && sys::poll(&mut p, Some(0)) > 0;
+        if stray {
+            self.kernel_readable();
+        }
+        stray
+    }
+
+    /// Takes rings that lie unread, but for one: a peer's rings always find room, and an edge that a set has not
+    /// reported yet still finds a byte.
+    #[cold]
+    fn thin_bell(&self, bell: i32) {
+        let unread = sys::ioctl_int(bell, libc::FIONREAD).unwrap_or(0).max(0) as usize;
+        let mut spare = [0u8; 256];
+        if let n @ 2.. = unread.min(spare.len()) {
+            let _ = sys::recv_small(bell, &mut spare[..n - 1], libc::MSG_DONTWAIT);
+        }
     }
 
     /// A connection that is plain TCP again is not followed any more; its descriptor stays as it is. Nobody may be in a

@@ -510,7 +510,7 @@ impl Socket {
     }
 
     #[cold]
-    fn ask_bell(&self, fd: i32, s: &Slot, m: &Mapped<'_>) -> bool {
+    pub(super) fn ask_bell(&self, fd: i32, s: &Slot, m: &Mapped<'_>) -> bool {
         // Not by reading: rings that nobody has taken may lie before the end.
         self.amend(s, m);
         if s.wait.peer_gone.load(Relaxed) != 0 || !fate::bell_ends(m) {

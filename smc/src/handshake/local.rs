@@ -20,7 +20,7 @@
 //! The hard idea is the end of it. After the Confirm the peer may write into the rings, so the accepting end
 //! must know whether a Confirm was sent before it may use the buffers for anybody else. The kernel decides
 //! that: the accepting end shuts the socket down, after which no Confirm can be sent any more, and then looks
-//! whether one arrived before ([`Offer`]'s drop). On its side the connecting end touches nothing shared until
+//! whether one arrived before (`Offer`'s drop). On its side the connecting end touches nothing shared until
 //! its Confirm is on the socket.
 //!
 //! Answers to RFC 7609 section 3.2 (CLC) and 3.5 (rendezvous); the Unix socket takes the TCP connection's part.

@@ -30,7 +30,7 @@
 //! ring, and if it is after, it moves them into TCP or takes them back.
 //!
 //! `models.rs` runs these very functions with loom, and `explore` in every state of both directions at once, with
-//! either end or one of its holders killed at any step, against a model of TCP. [`Rule`] names what each line is for.
+//! either end or one of its holders killed at any step, against a model of TCP. `Rule` names what each line is for.
 
 use crate::mem::layout::SidePage;
 use crate::ring::{self, PeerMisbehaved, Readable};

@@ -264,7 +264,7 @@ impl Builder {
         self.prepare(tcp, Origin::New(Side::Accept))
     }
 
-    fn prepare(&self, tcp: TcpStream, origin: Origin) -> io::Result<Stream> {
+    pub(super) fn prepare(&self, tcp: TcpStream, origin: Origin) -> io::Result<Stream> {
         let upgrade = self.upgrade != Some(UpgradeAfter::Never);
         let stream = Stream::new(Handle::new(tcp, origin, upgrade, || self.tuning()));
         if let Some(on) = self.nodelay {

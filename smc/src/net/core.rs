@@ -12,13 +12,15 @@
 
 use crate::config::{self, Config};
 use crate::conn::{Side, Socket, Tuning};
-use crate::sync::{AtomicU32, AtomicUsize, Ordering::*};
+use crate::stats::ConnectionInfo;
+use crate::sync::{AtomicBool, AtomicU32, AtomicUsize, Ordering::*};
 use crate::{arena, lgr, section, sys};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::net::TcpStream;
-use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::os::fd::{BorrowedFd, IntoRawFd as _};
 use std::os::unix::ffi::OsStringExt;
 use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError};
 
@@ -27,13 +29,16 @@ use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError};
 pub(super) struct Core {
     pub fd: i32,
     pub sock: Socket,
-    /// Taken out by the last handle.
-    tcp: Mutex<Option<TcpStream>>,
+    /// The last handle has given the TCP socket away. (No lock: a child of a fork might find it held for ever.)
+    taken: AtomicBool,
     handles: AtomicUsize,
     /// The engine has a say.
     pub tracked: bool,
     /// Threads that have reserved space, or look at bytes of the ring.
     pub reserved: AtomicU32,
+    /// The mio registry that hears of it.
+    #[cfg(feature = "mio")]
+    pub watch: super::watch::Watch,
 }
 
 /// A counted reference to a [`Core`]: the last one closes.
@@ -76,7 +81,7 @@ pub(super) enum Origin {
 impl Handle {
     /// `tcp` as a connection; `upgrade` false: it stays plain TCP.
     pub fn new(tcp: TcpStream, origin: Origin, upgrade: bool, tuning: impl FnOnce() -> Tuning) -> Handle {
-        let fd = tcp.as_raw_fd();
+        let fd = tcp.into_raw_fd();
         let sock = Socket::new();
         let nonblock = sys::getfl(fd) as i32 & libc::O_NONBLOCK != 0;
         let tracked = upgrade
@@ -86,9 +91,17 @@ impl Handle {
                 Origin::New(side) => sock.init_with(side, nonblock, tuning()),
                 Origin::Found => sock.adopt_stream(fd, nonblock, tuning()),
             };
-        let tcp = Mutex::new(Some(tcp));
-        let (handles, reserved) = (AtomicUsize::new(1), AtomicU32::new(0));
-        let core = Arc::new(Core { fd, sock, tcp, handles, tracked, reserved });
+        let (handles, reserved, taken) = (AtomicUsize::new(1), AtomicU32::new(0), AtomicBool::new(false));
+        let core = Arc::new(Core {
+            fd,
+            sock,
+            taken,
+            handles,
+            tracked,
+            reserved,
+            #[cfg(feature = "mio")]
+            watch: super::watch::Watch::default(),
+        });
         if tracked {
             books().all.insert(Arc::as_ptr(&core).addr(), core.clone());
             mind_numbers(fd);
@@ -100,29 +113,24 @@ impl Handle {
     pub fn into_tcp(self) -> io::Result<TcpStream> {
         // ORDERING [handles] Acquire; see `drop`. Whoever has the only handle stays the only one.
         if self.0.handles.load(Acquire) != 1 {
-            return self.with_tcp(TcpStream::try_clone)?;
+            return self.with_tcp(TcpStream::try_clone);
         }
-        let tcp = self.0.tcp().take().ok_or_else(gone)?;
+        // Relaxed: nobody else is there.
+        self.0.taken.store(true, Relaxed);
+        #[cfg(feature = "mio")]
+        self.0.watch.end(self.0.fd, true);
         if self.0.tracked {
             self.0.strike_out();
             self.0.sock.detach();
         }
-        Ok(tcp)
+        Ok(ManuallyDrop::into_inner(sys::lend_tcp(self.0.fd)))
     }
-}
-
-fn gone() -> io::Error {
-    io::Error::from_raw_os_error(libc::EBADF)
 }
 
 impl Core {
-    fn tcp(&self) -> MutexGuard<'_, Option<TcpStream>> {
-        self.tcp.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Calls `f` with std's socket, for what it does as well as anybody.
-    pub fn with_tcp<R>(&self, f: impl FnOnce(&TcpStream) -> R) -> io::Result<R> {
-        self.tcp().as_ref().map(f).ok_or_else(gone)
+    /// Calls `f` with std's socket, for what it does as well as anybody. A handle is there.
+    pub fn with_tcp<R>(&self, f: impl FnOnce(&TcpStream) -> R) -> R {
+        f(&sys::lend_tcp(self.fd))
     }
 
     /// The TCP socket, as long as a handle is there.
@@ -136,12 +144,15 @@ impl Core {
 
     #[cold]
     fn close(&self) {
-        let tcp = self.tcp().take();
-        // None: it was taken out by `into_tcp`.
-        let Some(tcp) = tcp else { return };
-        if !self.tracked {
+        if self.taken.load(Relaxed) {
             return;
         }
+        let tcp = ManuallyDrop::into_inner(sys::lend_tcp(self.fd));
+        if !self.tracked {
+            return drop(tcp);
+        }
+        #[cfg(feature = "mio")]
+        self.watch.end(self.fd, false);
         // First: a child of a fork that comes now does not hold what nobody there will close.
         self.strike_out();
         let last = self.sock.before_close(self.fd);
@@ -191,7 +202,11 @@ extern "C" fn in_child() {
     arena::after_fork_child();
     let held = FORKING.with(|f| f.borrow_mut().take());
     if let Some((books, token)) = held {
-        books.all.values().for_each(|c| c.sock.after_fork_child(token));
+        for c in books.all.values() {
+            c.sock.after_fork_child(token);
+            #[cfg(feature = "mio")]
+            c.watch.forget(&c.sock);
+        }
     }
 }
 
@@ -200,6 +215,12 @@ extern "C" fn at_exit() {
     // Another thread may be in the middle of a change, and no more than that: it holds the lock for no longer.
     let all: Vec<_> = books().all.values().cloned().collect();
     all.iter().for_each(|c| c.sock.exiting(c.fd));
+}
+
+/// All that are followed, as they are now.
+pub(super) fn statuses() -> Vec<ConnectionInfo> {
+    let all: Vec<_> = books().all.values().cloned().collect();
+    all.iter().filter_map(|c| c.sock.info()).collect()
 }
 
 // ---- the process

@@ -27,6 +27,11 @@ impl Listener {
         Listener { tcp, streams }
     }
 
+    #[cfg(feature = "tokio")]
+    pub(super) fn into_both(self) -> (TcpListener, Builder) {
+        (self.tcp, self.streams)
+    }
+
     /// Listens at the first of the addresses that can be had. For options see [`Builder::listen`].
     ///
     /// ```

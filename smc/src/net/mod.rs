@@ -37,6 +37,12 @@
 //! Each upgraded stream takes one more descriptor. Where those of the program come near its limit (`RLIMIT_NOFILE`) no
 //! more streams are upgraded.
 //!
+//! # Waiting for many
+//!
+//! With the feature `mio` streams and listeners are sources of a `mio::Poll`, beside any others; with the feature `tokio`
+//! there is `smc::net::tokio`. Other loops over `poll`, `epoll` or `select` see the TCP socket only, which is not where
+//! the bytes of an upgraded stream are; give them [`UpgradeAfter::Never`], or leave them to libsmc.so.
+//!
 //! # Settings
 //!
 //! A [`Builder`] has those of one stream or listener. The environment variables of the shim (`SMC_RMB_SIZE`,
@@ -56,14 +62,20 @@
 
 mod builder;
 mod core;
+mod groups;
 mod listener;
 mod reader;
 mod stream;
+#[cfg(feature = "tokio")]
+pub mod tokio;
+#[cfg(feature = "mio")]
+mod watch;
 
 pub use crate::conn::SharedSlice;
 pub use crate::reason::Reason;
 pub use crate::stats::{ConnectionInfo, Mode, Role};
 pub use builder::{Builder, UpgradeAfter};
+pub use groups::{LinkGroupInfo, link_groups};
 pub use listener::{Incoming, Listener};
 pub use reader::Reader;
 pub use stream::{IntoTcpError, ReadHalf, Reservation, Stream, WriteHalf};

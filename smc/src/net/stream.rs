@@ -20,6 +20,7 @@ use std::time::Duration;
 
 /// Most bytes that are reserved, or looked at, at a time where the stream does not go by the ring.
 const MOST_COPIED: usize = 256 << 10;
+const EAGAIN: isize = -(libc::EAGAIN as isize);
 /// linux/net.h: the length of a struct linger.
 const LINGER: usize = 8;
 
@@ -85,6 +86,11 @@ impl Stream {
         Builder::new().connect_timeout(time).connect(address)
     }
 
+    #[cfg(any(feature = "mio", feature = "tokio"))]
+    pub(super) fn core(&self) -> &Core {
+        &self.core
+    }
+
     // ---- bytes
 
     #[inline]
@@ -94,9 +100,14 @@ impl Stream {
             return result(sys::libc_recv(core.fd, bufs, flags));
         }
         core.check_reserved()?;
-        let n = core.sock.recv_slices(core.fd, bufs, flags);
-        core.settle();
-        result(n)
+        let mut first = true;
+        loop {
+            let n = core.sock.recv_slices(core.fd, bufs, flags);
+            core.settle();
+            if n != EAGAIN || !core.goes_to_wait(libc::POLLIN, std::mem::take(&mut first)) {
+                return result(n);
+            }
+        }
     }
 
     #[inline]
@@ -106,9 +117,13 @@ impl Stream {
             return result(sys::libc_send(core.fd, bufs, libc::MSG_NOSIGNAL));
         }
         core.check_reserved()?;
-        let n = core.sock.send_slices(core.fd, bufs, 0);
-        core.settle();
-        result(n)
+        loop {
+            let n = core.sock.send_slices(core.fd, bufs, 0);
+            core.settle();
+            if n != EAGAIN || !core.goes_to_wait(libc::POLLOUT, false) {
+                return result(n);
+            }
+        }
     }
 
     /// Receives without taking: what is read next begins with the same bytes. Waits like a read.
@@ -162,8 +177,13 @@ impl Stream {
         let core: &Core = &self.core;
         if core.tracked && most > 0 {
             core.check_reserved()?;
-            let reserved = core.sock.reserve(core.fd, most);
-            core.settle();
+            let reserved = loop {
+                let reserved = core.sock.reserve(core.fd, most);
+                core.settle();
+                if !matches!(reserved, Err(EAGAIN)) || !core.goes_to_wait(libc::POLLOUT, false) {
+                    break reserved;
+                }
+            };
             if let Some(space) = reserved.map_err(|e| io::Error::from_raw_os_error(-e as i32))? {
                 core.reserved.fetch_add(1, Relaxed);
                 let (hold, space) = (Some(Hold(core)), Some(space));
@@ -284,7 +304,7 @@ impl Stream {
     /// # Errors
     /// Those of getpeername(2).
     pub fn peer_addr(&self) -> io::Result<SocketAddr> {
-        self.core.with_tcp(TcpStream::peer_addr)?
+        self.core.with_tcp(TcpStream::peer_addr)
     }
 
     /// This end's address.
@@ -299,7 +319,7 @@ impl Stream {
     /// # Errors
     /// Those of getsockname(2).
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.core.with_tcp(TcpStream::local_addr)?
+        self.core.with_tcp(TcpStream::local_addr)
     }
 
     /// Ends what is read, written, or both. The peer reads all that was written, and then the end.
@@ -332,7 +352,7 @@ impl Stream {
             core.check_reserved()?;
             core.sock.before_shutdown(core.fd, number);
         }
-        let r = core.with_tcp(|t| t.shutdown(how))?;
+        let r = core.with_tcp(|t| t.shutdown(how));
         if core.tracked {
             core.sock.after_shutdown(number);
             core.settle();
@@ -401,7 +421,7 @@ impl Stream {
     /// # Errors
     /// [`InvalidInput`](io::ErrorKind::InvalidInput) for a time of zero; those of setsockopt(2).
     pub fn set_read_timeout(&self, time: Option<Duration>) -> io::Result<()> {
-        self.core.with_tcp(|t| t.set_read_timeout(time))??;
+        self.core.with_tcp(|t| t.set_read_timeout(time))?;
         self.core.sock.note_timeout(false, micros(time));
         Ok(())
     }
@@ -419,7 +439,7 @@ impl Stream {
     /// # Errors
     /// As [`set_read_timeout`](Self::set_read_timeout).
     pub fn set_write_timeout(&self, time: Option<Duration>) -> io::Result<()> {
-        self.core.with_tcp(|t| t.set_write_timeout(time))??;
+        self.core.with_tcp(|t| t.set_write_timeout(time))?;
         self.core.sock.note_timeout(true, micros(time));
         Ok(())
     }
@@ -436,7 +456,7 @@ impl Stream {
     /// # Errors
     /// Those of getsockopt(2).
     pub fn read_timeout(&self) -> io::Result<Option<Duration>> {
-        self.core.with_tcp(TcpStream::read_timeout)?
+        self.core.with_tcp(TcpStream::read_timeout)
     }
 
     /// See [`set_write_timeout`](Self::set_write_timeout).
@@ -451,7 +471,7 @@ impl Stream {
     /// # Errors
     /// Those of getsockopt(2).
     pub fn write_timeout(&self) -> io::Result<Option<Duration>> {
-        self.core.with_tcp(TcpStream::write_timeout)?
+        self.core.with_tcp(TcpStream::write_timeout)
     }
 
     /// Whether calls fail with [`WouldBlock`](io::ErrorKind::WouldBlock) instead of waiting. Of all handles.
@@ -469,7 +489,7 @@ impl Stream {
     /// # Errors
     /// Those of ioctl(2).
     pub fn set_nonblocking(&self, on: bool) -> io::Result<()> {
-        self.core.with_tcp(|t| t.set_nonblocking(on))??;
+        self.core.with_tcp(|t| t.set_nonblocking(on))?;
         self.core.sock.note_nonblocking(on);
         Ok(())
     }
@@ -487,7 +507,7 @@ impl Stream {
     /// # Errors
     /// Those of setsockopt(2).
     pub fn set_nodelay(&self, on: bool) -> io::Result<()> {
-        self.core.with_tcp(|t| t.set_nodelay(on))?
+        self.core.with_tcp(|t| t.set_nodelay(on))
     }
 
     /// See [`set_nodelay`](Self::set_nodelay).
@@ -502,7 +522,7 @@ impl Stream {
     /// # Errors
     /// Those of getsockopt(2).
     pub fn nodelay(&self) -> io::Result<bool> {
-        self.core.with_tcp(TcpStream::nodelay)?
+        self.core.with_tcp(TcpStream::nodelay)
     }
 
     /// `IP_TTL` (ip(7)).
@@ -518,7 +538,7 @@ impl Stream {
     /// # Errors
     /// Those of setsockopt(2).
     pub fn set_ttl(&self, ttl: u32) -> io::Result<()> {
-        self.core.with_tcp(|t| t.set_ttl(ttl))?
+        self.core.with_tcp(|t| t.set_ttl(ttl))
     }
 
     /// See [`set_ttl`](Self::set_ttl).
@@ -533,7 +553,7 @@ impl Stream {
     /// # Errors
     /// Those of getsockopt(2).
     pub fn ttl(&self) -> io::Result<u32> {
-        self.core.with_tcp(TcpStream::ttl)?
+        self.core.with_tcp(TcpStream::ttl)
     }
 
     /// `SO_LINGER`, see [`Builder::linger`]. The kernel counts in seconds; a part of one counts as a whole.
@@ -588,7 +608,7 @@ impl Stream {
     /// # Errors
     /// Those of getsockopt(2).
     pub fn take_error(&self) -> io::Result<Option<io::Error>> {
-        let kernel = self.core.with_tcp(TcpStream::take_error)??;
+        let kernel = self.core.with_tcp(TcpStream::take_error)?;
         if !self.core.tracked {
             return Ok(kernel);
         }
@@ -752,8 +772,17 @@ impl Core {
     pub(super) fn settle(&self) {
         if self.sock.has_changed() {
             self.sock.call_ends(self.fd);
-            let _ = self.sock.take_changed();
+            if self.sock.take_changed() {
+                #[cfg(feature = "mio")]
+                self.watch.changed(self);
+            }
         }
+    }
+
+    /// A call that does not wait has found nothing to do, and its caller may wait for an event now. True: look again.
+    #[inline]
+    fn goes_to_wait(&self, events: i16, first: bool) -> bool {
+        self.sock.is_watched() && self.sock.rearm(self.fd, events as u32, first)
     }
 }
 

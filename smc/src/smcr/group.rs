@@ -11,7 +11,7 @@
 //!  CONFIRM LINK request  ── on the new ───>  and so on
 //! ```
 //!
-//! The server names links and decides about them; a client asks. What takes a round trip is a [`Flow`]: one at a time
+//! The server names links and decides about them; a client asks. What takes a round trip is a `Flow`: one at a time
 //! may change links, and one of our own memory keys. A request that comes meanwhile is parked, one of them; what does
 //! not fit a flow is dropped, as Linux does it. Each flow has a deadline: a peer that says nothing loses the link.
 //!
