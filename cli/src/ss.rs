@@ -1,5 +1,6 @@
 //! `smc ss`: the connections, one a line, as ss(8) has them.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::io::{self, IsTerminal, Write as _};
 use std::process::ExitCode;
@@ -101,6 +102,7 @@ fn remark(c: &ConnectionInfo) -> Option<String> {
     match c.reason {
         Some(r) if on_tcp => Some(format!("on TCP: {}", r.name())),
         None if on_tcp && c.best != Mode::Tcp => Some(format!("on TCP again, was {}", c.best.name())),
+        None if on_tcp => Some("on TCP so far: below SMC_UPGRADE_AFTER, or just being upgraded".into()),
         _ => None,
     }
 }
@@ -136,7 +138,29 @@ fn narrow(connections: &[ConnectionInfo]) -> String {
             let _ = writeln!(out, "     {text}");
         }
     }
-    out
+    out + &legend(connections)
+}
+
+/// Each reason that is named above, once, in words and with what would change it.
+fn legend(connections: &[ConnectionInfo]) -> String {
+    let told = |c: &&ConnectionInfo| !c.stale && c.mode() == Mode::Tcp;
+    let reasons: BTreeMap<&str, &str> =
+        connections.iter().filter(told).filter_map(|c| c.reason).map(|r| (r.name(), r.explain())).collect();
+    let mut out = String::new();
+    for (name, explained) in reasons {
+        let mut line = format!("\n{name}:");
+        for word in explained.split(' ') {
+            if line.trim_start_matches('\n').chars().count() + 1 + word.chars().count() > WIDTH {
+                out += &line;
+                line = "\n    ".into();
+            } else {
+                line.push(' ');
+            }
+            line += word;
+        }
+        out += &line;
+    }
+    if out.is_empty() { out } else { out + "\n" }
 }
 
 /// Everything.
@@ -230,7 +254,16 @@ pub mod tests {
         c.reason = Some(Reason::PeerNoSmc);
         assert!(!is_upgraded(&c));
         assert!(narrow(&[c.clone()]).contains("on TCP: peer-no-smc"));
-        assert!(wide(&[c]).contains(Reason::PeerNoSmc.explain()));
+        assert!(wide(&[c.clone()]).contains(Reason::PeerNoSmc.explain()));
+        // Twice the same reason: once the sentence, broken where the line ends.
+        let text = narrow(&[c.clone(), c.clone()]);
+        let start: String = Reason::PeerNoSmc.explain().chars().take(30).collect();
+        assert_eq!(text.matches(&start).count(), 1, "{text}");
+        assert!(text.lines().all(|l| l.chars().count() <= WIDTH), "{text}");
+        let flat: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(flat.contains(Reason::PeerNoSmc.explain()), "{text}");
+        c.reason = None;
+        assert!(narrow(&[c]).contains("on TCP so far"));
     }
 
     #[test]
