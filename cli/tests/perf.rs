@@ -324,6 +324,30 @@ fn the_crates_own_streams_go_through_memory_without_a_library() {
     assert_eq!(j["end"]["latency_us"]["count"], 20);
 }
 
+#[test]
+fn processes_of_their_own_are_reported_as_one_test() {
+    let server = Server::start(&[]);
+    let j = server.measure(&["--processes", "-P", "3", "-n", "3m", "--bidir", "--verify"]);
+    assert_eq!(sent_and_received(&j), (3 << 20, 3 << 20));
+    assert_eq!(j["end"]["streams"].as_array().map(Vec::len), Some(6));
+    assert_eq!(j["end"]["server"]["ways"]["connections"]["TCP"], 6);
+    let j = server.measure(&["--processes", "-P", "2", "-k", "501", "--rr"]);
+    assert_eq!(
+        (&j["end"]["latency_us"]["count"], &j["end"]["transactions"]["count"]),
+        (&501.into(), &501.into())
+    );
+    if library().is_some() {
+        let j = server.measure(&["--processes", "-P", "2", "-n", "40m", "--over", "preload"]);
+        assert_eq!(j["end"]["client"]["ways"]["connections"]["SHM"], 2, "{}", j["end"]);
+    }
+    let (mut client, mut out) = busy(&server, &["--processes", "-P", "2"]);
+    kill(&client, "-INT");
+    let mut said = String::new();
+    out.read_to_string(&mut said).expect("text");
+    assert_eq!(client.wait().expect("our child").code(), Some(130), "{said}");
+    assert!(said.contains("interrupted") && said.contains("server:"), "{said}");
+}
+
 /// A client that has begun a test without an end of its own, and has shown its first interval.
 fn busy(server: &Server, more: &[&str]) -> (Child, BufReader<ChildStdout>) {
     let mut c = server.client(&["-t", "3600", "-i", "0.1"]);

@@ -159,15 +159,6 @@ impl Case {
     }
 }
 
-fn name(over: Over) -> &'static str {
-    match over {
-        Over::Tcp => "tcp",
-        Over::Unix => "unix",
-        Over::Preload => "preload",
-        Over::Native => "native",
-    }
-}
-
 /// What came of a measure: the values of each way, round by round.
 #[derive(Debug)]
 struct Row {
@@ -208,7 +199,7 @@ fn smc(words: &[&str]) -> Result<Command> {
 /// One way, once: what the client's report has under `end`.
 fn once(case: Case, over: Over, o: &Options) -> Result<Value> {
     let server = ["server", "-1", "-B", "127.0.0.1", "-p", "0", "--announce", "--idle-timeout", "30"];
-    let mut server = Running(smc(&server)?.args(["--over", name(over)]).spawn()?);
+    let mut server = Running(smc(&server)?.args(["--over", over.name()]).spawn()?);
     let mut port = String::new();
     BufReader::new(server.0.stdout.take().expect("piped")).read_line(&mut port)?;
     if port.is_empty() {
@@ -216,7 +207,8 @@ fn once(case: Case, over: Over, o: &Options) -> Result<Value> {
         server.0.stderr.take().expect("piped").read_to_string(&mut said)?;
         return Err(Problem::new(said.trim().trim_start_matches("smc: ")));
     }
-    let mut client = smc(&["client", "127.0.0.1", "-J", "-i", "0", "-p", port.trim(), "--over", name(over)])?;
+    let mut client =
+        smc(&["client", "127.0.0.1", "-J", "-i", "0", "-p", port.trim(), "--over", over.name()])?;
     client.args(case.options(o));
     match o.blockcount {
         Some(n) => client.args(["-k", &n.to_string()]),
@@ -232,7 +224,7 @@ fn once(case: Case, over: Over, o: &Options) -> Result<Value> {
         let said = String::from_utf8_lossy(&done.stderr).into_owned();
         let report: Value = serde_json::from_slice(&done.stdout).unwrap_or_default();
         let why = report["error"].as_str().unwrap_or(said.trim().trim_start_matches("smc: "));
-        return Err(Problem::new(format!("{} over {}: {why}", case.name(), name(over))));
+        return Err(Problem::new(format!("{} over {}: {why}", case.name(), over.name())));
     }
     let mut report: Value = serde_json::from_slice(&done.stdout)
         .map_err(|e| Problem::new(format!("the client's report: {e}")))?;
@@ -247,7 +239,7 @@ fn remark(case: Case, over: Over, end: &Value) -> Option<String> {
     }
     let reasons = end["client"]["ways"]["reasons"].as_object()?;
     let reasons: Vec<&str> = reasons.keys().map(String::as_str).collect();
-    Some(format!("{} over {} went by {mode}: {}", case.name(), name(over), reasons.join(", ")))
+    Some(format!("{} over {} went by {mode}: {}", case.name(), over.name(), reasons.join(", ")))
 }
 
 /// Everything.
@@ -303,7 +295,7 @@ fn take(rows: &mut [Row], ends: &[(Case, Over, Value)], remarks: &mut Vec<String
                 Problem::new(format!(
                     "{} over {}: no {} was measured",
                     case.name(),
-                    name(*over),
+                    over.name(),
                     row.measure.name
                 ))
             })?;
@@ -321,8 +313,13 @@ fn progress(done: usize, all: usize, case: Case, over: Over) {
         const WIDTH: usize = 40;
         let bar: String = (0..WIDTH).map(|i| if i * all < done * WIDTH { '█' } else { '░' }).collect();
         // A bar that can't be drawn is missed by nobody.
-        let _ =
-            write!(std::io::stderr(), "\r{bar} {}/{all} {} over {}\x1b[K", done + 1, case.name(), name(over));
+        let _ = write!(
+            std::io::stderr(),
+            "\r{bar} {}/{all} {} over {}\x1b[K",
+            done + 1,
+            case.name(),
+            over.name()
+        );
     }
 }
 
@@ -354,7 +351,7 @@ fn as_text(rows: &[Row], rounds: u32, remarks: &[String]) -> String {
             let ratio = row.times(i).map_or_else(String::new, |[least, middle, most]| {
                 format!("{:>7}x [{}, {}]", short(middle), short(least), short(most))
             });
-            let line = format!("  {:<8}{:>10}  {bar:<BAR$} {ratio}", name(*over), short(medians[i]));
+            let line = format!("  {:<8}{:>10}  {bar:<BAR$} {ratio}", over.name(), short(medians[i]));
             out += line.trim_end();
             out.push('\n');
         }
@@ -374,13 +371,13 @@ fn as_json(rows: &[Row], o: &Options, rounds: u32) -> Value {
             let (mut ways, mut ratios) = (Map::new(), Map::new());
             for (i, (over, values)) in row.values.iter().enumerate() {
                 ways.insert(
-                    name(*over).into(),
+                    over.name().into(),
                     json!({ "median": number(median(values.clone())), "values": values }),
                 );
                 if let Some([least, middle, most]) = row.times(i) {
                     let ratio =
                         json!({ "least": number(least), "median": number(middle), "most": number(most) });
-                    ratios.insert(name(*over).into(), ratio);
+                    ratios.insert(over.name().into(), ratio);
                 }
             }
             json!({
@@ -410,12 +407,12 @@ fn picture(rows: &[Row]) -> String {
     for row in rows {
         for (i, (over, _)) in row.values.iter().enumerate() {
             if let Some(times) = row.times(i) {
-                let name = format!("{} {}: {}", row.case.name(), row.measure.name, name(*over));
+                let name = format!("{} {}: {}", row.case.name(), row.measure.name, over.name());
                 all.push(Bar { name, times, colour: COLOURS[(i - 1) % COLOURS.len()], goal: None });
             }
         }
     }
-    let first = rows.first().and_then(|r| r.values.first()).map_or("tcp", |(over, _)| name(*over));
+    let first = rows.first().and_then(|r| r.values.first()).map_or("tcp", |(over, _)| over.name());
     bars::svg(
         &format!("times better than {first}"),
         &format!("bar: median; thin line: least to most; {}", machine()),

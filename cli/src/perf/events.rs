@@ -23,6 +23,8 @@ pub enum Event {
     Control(Result<State>),
     /// A thread is through.
     Done(Outcome),
+    /// What the process with this number says; `None`: it has ended.
+    Line(usize, Option<String>),
     /// Ctrl-C and the like.
     Signal,
 }

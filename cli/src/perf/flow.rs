@@ -19,6 +19,7 @@ use std::time::Instant;
 
 use hdrhistogram::Histogram;
 use rustix::fs::MemfdFlags;
+use serde::{Deserialize, Serialize};
 
 use super::link::Link;
 use super::pattern::{self, Check};
@@ -124,7 +125,7 @@ pub struct Counter {
 }
 
 /// A copy of them.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counts {
     pub tx: u64,
     pub rx: u64,

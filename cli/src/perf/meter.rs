@@ -32,6 +32,14 @@ impl Cpu {
         Self { total, user: user as f64 * tick, system: system as f64 * tick }
     }
 
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            total: self.total + other.total,
+            user: self.user + other.user,
+            system: self.system + other.system,
+        }
+    }
+
     pub fn since(self, before: Self) -> Self {
         Self {
             total: self.total - before.total,
@@ -74,6 +82,18 @@ impl Ways {
     /// The mode of most connections.
     pub fn mode(&self) -> &str {
         self.connections.iter().max_by_key(|(_, n)| **n).map_or("TCP", |(mode, _)| mode)
+    }
+
+    /// And those of another process.
+    pub fn add(&mut self, other: &Self) {
+        for (to, from) in [(&mut self.connections, &other.connections), (&mut self.reasons, &other.reasons)] {
+            from.iter().for_each(|(name, n)| *to.entry(name.clone()).or_default() += n);
+        }
+        self.ring_bytes = self.ring_bytes.saturating_add(other.ring_bytes);
+        self.tcp_bytes = self.tcp_bytes.saturating_add(other.tcp_bytes);
+        self.polled += other.polled;
+        self.slept += other.slept;
+        self.doorbells += other.doorbells;
     }
 
     /// In words, one sentence.

@@ -6,6 +6,7 @@
 mod bars;
 mod client;
 mod compare;
+mod crowd;
 mod drive;
 mod events;
 mod figures;
@@ -41,9 +42,13 @@ pub fn run(options: Options) -> ExitCode {
     let result = options.task().and_then(|task| match task {
         Task::Server(settings, over) => under(over).and_then(|()| server::run(settings)),
         Task::Client(tests, target) => {
-            let over = tests.first().map(|s| s.over);
+            // With processes of their own, those are under it.
+            let over = tests.first().filter(|s| !s.own_process).map(|s| s.over);
             under(over).and_then(|()| ask(&tests, target))
         }
+        Task::Work(order) => under(Some(order.spec.over))
+            .and_then(|()| crowd::work(*order))
+            .map(|well| if well { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
         Task::Compare(options) => compare::run(&options),
     });
     result.unwrap_or_else(|why| {
@@ -63,7 +68,11 @@ fn ask(tests: &[spec::Spec], mut target: client::Target) -> Result<ExitCode> {
     }
     let (mut code, mut documents) = (ExitCode::SUCCESS, Vec::new());
     for spec in tests {
-        let done = client::run(spec, &target, &interrupts)?;
+        let done = if spec.own_process {
+            crowd::run(spec, &target, &interrupts)?
+        } else {
+            client::run(spec, &target, &interrupts)?
+        };
         if sweep && form == Form::Text {
             emit(&report::sweep_line(spec, &done.whole()), ExitCode::SUCCESS);
             done.error.iter().for_each(|why| complain(why));

@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 
 use super::client::Target;
 use super::compare;
+use super::crowd::Order;
 use super::report::Form;
 use super::server::Settings;
 use super::spec::{Direction, Io, Kind, LENGTH, MAX_SECONDS, Over, Spec};
@@ -55,6 +56,9 @@ enum Role {
     },
     /// Run the same traffic by several ways in turn, and tell how many times better each is
     Compare(Box<compare::Options>),
+    /// One of the processes of `client --processes`
+    #[command(name = "__worker", hide = true)]
+    Worker { order: String },
 }
 
 /// What both ends have.
@@ -150,6 +154,9 @@ struct ClientOptions {
     /// Threads that share the connections, with poll and epoll, at each end
     #[arg(long, value_name = "N", default_value_t = 1)]
     threads: u32,
+    /// A process for each connection, at both ends, in place of threads
+    #[arg(long, conflicts_with = "threads")]
+    processes: bool,
     /// Milliseconds that connecting may take
     #[arg(long, value_name = "MS", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..))]
     connect_timeout: u64,
@@ -161,6 +168,7 @@ pub enum Task {
     Server(Settings, Option<Over>),
     Client(Vec<Spec>, Target),
     Compare(Box<compare::Options>),
+    Work(Box<Order>),
 }
 
 impl Options {
@@ -172,6 +180,11 @@ impl Options {
         match (self.command, self.server, self.client) {
             (Some(Role::Server { common, serving }), ..) => Ok(server(&common, &serving)),
             (Some(Role::Client { host, common, asking }), ..) => client(host, &common, &asking),
+            (Some(Role::Worker { order }), ..) => {
+                let order: Order = serde_json::from_str(&order).map_err(|e| Problem::new(e.to_string()))?;
+                order.spec.check()?;
+                Ok(Task::Work(Box::new(order)))
+            }
             (Some(Role::Compare(options)), ..) => Ok(Task::Compare(options)),
             (None, true, _) => Ok(server(&self.common, &self.serving)),
             (None, false, Some(host)) => client(host, &self.common, &self.asking),
@@ -264,6 +277,7 @@ fn spec(common: &CommonOptions, asking: &ClientOptions) -> Spec {
         io: asking.io,
         threads: asking.threads,
         server_cpu: common.affinity.and_then(|a| a.servers),
+        own_process: asking.processes,
     }
 }
 

@@ -9,6 +9,7 @@ use std::io::{IsTerminal, Write as _};
 use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 
+use super::crowd::{self, Word};
 use super::flow::Counts;
 use super::spec::{Direction, Kind, Spec, iperf3_id};
 use super::test::{Found, Tick};
@@ -23,6 +24,8 @@ pub enum Form {
     Lines,
     /// Nothing at all: somebody else reports.
     Silent,
+    /// Intervals only, for the process that started this one.
+    Words,
 }
 
 /// More connections than these are shown as a sum only.
@@ -105,6 +108,7 @@ impl Report {
     pub fn tick(&mut self, tick: &Tick) {
         match self.form {
             Form::Silent => {}
+            Form::Words => crowd::say(&Word::Tick(tick.clone())),
             Form::Text => {
                 self.clear();
                 print(&self.tick_text(tick));
@@ -193,7 +197,7 @@ impl Report {
     pub fn end(&mut self, whole: &Whole<'_>) -> Option<Value> {
         self.clear();
         match self.form {
-            Form::Silent => {}
+            Form::Silent | Form::Words => {}
             Form::Text => {
                 print(&self.end_text(whole));
                 if let Some(why) = &whole.error {

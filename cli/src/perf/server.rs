@@ -180,8 +180,10 @@ impl Server {
             Ok(spec) => spec,
             Err(why) => return refuse(&control, ours, &why),
         };
-        if ours && spec.over == Over::Preload && !self.preloaded {
-            return match self.preloaded_one(&control) {
+        let unlike = spec.over == Over::Preload && !self.preloaded;
+        // One that was started for a client is that client's.
+        if ours && (unlike || spec.own_process && !self.settings.announce) {
+            return match another(&control, spec.over) {
                 Ok(port) => {
                     control.send(State::Redirect)?;
                     control.send_json(&Redirect { port })?;
@@ -198,39 +200,6 @@ impl Server {
             if ours { control.recv_json()? } else { Spec::from_iperf3(&control.recv_json::<Value>()?)? };
         spec.check()?;
         Ok(spec)
-    }
-
-    /// Starts a server under libsmc for one client; its port.
-    fn preloaded_one(&self, control: &Control) -> Result<u16> {
-        const PATIENCE_SECONDS: &str = "30";
-        let ip = control.0.local_addr()?.ip().to_canonical().to_string();
-        let mut child = Command::new(env::current_exe()?)
-            .args(["perf", "server", "-1", "-p", "0", "--over", "preload", "--announce"])
-            .args(["--idle-timeout", PATIENCE_SECONDS, "-B", &ip])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        let mut line = String::new();
-        if let Some(out) = child.stdout.take() {
-            BufReader::new(out).read_line(&mut line)?;
-        }
-        let mut errors = child.stderr.take();
-        let port = line.trim().parse().map_err(|_| {
-            let mut said = String::new();
-            // It has ended, or is killed below.
-            let _ = child.kill();
-            let _ = errors.as_mut().map(|e| e.read_to_string(&mut said));
-            Problem::new(said.trim().trim_start_matches("smc: ").to_owned())
-        });
-        // It ends by itself, with its test or for want of a client.
-        thread::spawn(move || {
-            let mut said = String::new();
-            let _ = errors.as_mut().map(|e| e.read_to_string(&mut said));
-            let _ = child.wait();
-            said.lines().for_each(|l| complain(&l.trim_start_matches("smc: ")));
-        });
-        port
     }
 
     fn test(&self, control: &Control, cookie: &Cookie, spec: Spec, ours: bool) -> Result<Outcome> {
@@ -309,7 +278,7 @@ impl Server {
                     return Err(Problem::new(format!("the client sent {state:?} before the test")));
                 }
                 Some(Event::Signal) => return Err(Problem::new("interrupted before the test")),
-                Some(Event::Done(_)) => continue,
+                Some(Event::Done(_) | Event::Line(..)) => continue,
                 None => {
                     return Err(Problem::new(format!("{} of {wanted} connections came", links.len())));
                 }
@@ -363,6 +332,39 @@ impl Server {
             _ => Ok(Outcome::Well),
         }
     }
+}
+
+/// Starts a server of its own for one client; its port.
+fn another(control: &Control, over: Over) -> Result<u16> {
+    const PATIENCE_SECONDS: &str = "30";
+    let ip = control.0.local_addr()?.ip().to_canonical().to_string();
+    let mut child = Command::new(env::current_exe()?)
+        .args(["perf", "server", "-1", "-p", "0", "--over", over.name(), "--announce"])
+        .args(["--idle-timeout", PATIENCE_SECONDS, "-B", &ip])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let mut line = String::new();
+    if let Some(out) = child.stdout.take() {
+        BufReader::new(out).read_line(&mut line)?;
+    }
+    let mut errors = child.stderr.take();
+    let port = line.trim().parse().map_err(|_| {
+        let mut said = String::new();
+        // It has ended, or is killed below.
+        let _ = child.kill();
+        let _ = errors.as_mut().map(|e| e.read_to_string(&mut said));
+        Problem::new(said.trim().trim_start_matches("smc: ").to_owned())
+    });
+    // It ends by itself, with its test or for want of a client.
+    thread::spawn(move || {
+        let mut said = String::new();
+        let _ = errors.as_mut().map(|e| e.read_to_string(&mut said));
+        let _ = child.wait();
+        said.lines().for_each(|l| complain(&l.trim_start_matches("smc: ")));
+    });
+    port
 }
 
 /// The server's part while the test runs.

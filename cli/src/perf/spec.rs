@@ -33,6 +33,17 @@ pub enum Over {
 
 impl Over {}
 
+impl Over {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Unix => "unix",
+            Self::Preload => "preload",
+            Self::Native => "native",
+        }
+    }
+}
+
 /// How a thread waits for its connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -83,6 +94,8 @@ pub struct Spec {
     pub threads: u32,
     /// CPU that the server keeps to.
     pub server_cpu: Option<usize>,
+    /// The server starts a process for this test.
+    pub own_process: bool,
 }
 
 /// iperf3's.
@@ -162,6 +175,7 @@ impl Spec {
             () if self.kind != Kind::Stream => return no("--rr and --crr"),
             () if self.over == Over::Unix => return no("Unix sockets"),
             () if self.over == Over::Native => return no("streams of smc::net"),
+            () if self.own_process => return no("--processes"),
             () if self.verify => return no("--verify"),
             () if self.length > 1 << 20 => return no("blocks of more than 1 MiB"),
             () if self.parallel > 128 => return no("more than 128 streams"),
@@ -239,6 +253,7 @@ impl Spec {
             io: Io::Blocking,
             threads: 1,
             server_cpu: j["server_affinity"].as_u64().and_then(|n| usize::try_from(n).ok()),
+            own_process: false,
         };
         spec.check()?;
         Ok(spec)
@@ -270,6 +285,7 @@ pub fn example() -> Spec {
         io: Io::Blocking,
         threads: 1,
         server_cpu: None,
+        own_process: false,
     }
 }
 

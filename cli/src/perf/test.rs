@@ -47,7 +47,7 @@ pub trait Side {
 }
 
 /// An interval of a test.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Tick {
     /// Seconds since the start, or since the end of the warm-up.
     pub from: f64,
@@ -370,7 +370,7 @@ impl Test {
                 }
             }
             Event::Arrived(stream, ..) => side.stranger(stream),
-            Event::Link(_) => {}
+            Event::Link(_) | Event::Line(..) => {}
         }
     }
 
