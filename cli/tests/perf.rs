@@ -206,9 +206,11 @@ fn under_libsmc_both_ends_say_that_they_are_in_shared_memory() {
             .env("SMC_LIBRARY", &library)
             .env("SMC_UPGRADE_AFTER", "0"),
     );
-    for options in
-        [&["--rr", "-k", "3000"][..], &["-n", "50m", "--io", "epoll"], &["-n", "20m", "-R", "--io", "poll"]]
-    {
+    for options in [
+        &["--rr", "-k", "3000"][..],
+        &["-n", "30m", "-l", "8k", "--io", "epoll"],
+        &["-n", "30m", "-l", "8k", "-R", "--io", "poll"],
+    ] {
         let mut c = server.client(&["--over", "preload", "--verify", "-J"]);
         let o =
             c.args(options).env("SMC_LIBRARY", &library).env("SMC_UPGRADE_AFTER", "0").output().expect("smc");
@@ -313,7 +315,11 @@ fn ways_are_compared_in_turn() {
 fn the_crates_own_streams_go_through_memory_without_a_library() {
     let server =
         Server::of(smc(&["perf", "server", "-B", "127.0.0.1", "-p", "0"]).env("SMC_UPGRADE_AFTER", "0"));
-    for options in [&["--rr", "-k", "3000", "-P", "2"][..], &["-n", "30m"], &["--bidir", "-n", "10m"]] {
+    for options in [
+        &["--rr", "-k", "3000", "-P", "2"][..],
+        &["-n", "30m", "-l", "8k"],
+        &["--bidir", "-n", "30m", "-l", "8k"],
+    ] {
         let mut c = server.client(&["--over", "native", "--verify", "-J"]);
         let j = json(&c.args(options).env("SMC_UPGRADE_AFTER", "0").output().expect("smc"));
         for end in ["client", "server"] {
@@ -337,7 +343,7 @@ fn processes_of_their_own_are_reported_as_one_test() {
         (&501.into(), &501.into())
     );
     if library().is_some() {
-        let j = server.measure(&["--processes", "-P", "2", "-n", "40m", "--over", "preload"]);
+        let j = server.measure(&["--processes", "-P", "2", "-n", "40m", "-l", "8k", "--over", "preload"]);
         assert_eq!(j["end"]["client"]["ways"]["connections"]["SHM"], 2, "{}", j["end"]);
     }
     let (mut client, mut out) = busy(&server, &["--processes", "-P", "2"]);

@@ -238,8 +238,11 @@ fn remark(case: Case, over: Over, end: &Value) -> Option<String> {
         return None;
     }
     let reasons = end["client"]["ways"]["reasons"].as_object()?;
-    let reasons: Vec<&str> = reasons.keys().map(String::as_str).collect();
-    Some(format!("{} over {} went by {mode}: {}", case.name(), over.name(), reasons.join(", ")))
+    let mut why: Vec<&str> = reasons.keys().map(String::as_str).collect();
+    if why.is_empty() {
+        why.push("it was not upgraded within the test");
+    }
+    Some(format!("{} over {} went by {mode}: {}", case.name(), over.name(), why.join(", ")))
 }
 
 /// Everything.
