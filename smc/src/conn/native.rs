@@ -165,7 +165,7 @@ impl Socket {
     ///
     /// No wake-up is lost: armed, fence, look, against publish, fence, look at the armed word (`[bell.recheck]`); and a ring is an
     /// edge of the doorbell, which the kernel reports as long as there are bytes in it. Nobody takes the last of them:
-    /// [`thin_bell`](Self::thin_bell).
+    /// `thin_bell`.
     pub fn rearm(&self, fd: i32, events: u32, first: bool) -> bool {
         let (Some(s), Some(m)) = (self.slot(), self.mapped()) else { return false };
         if self.rearms.fetch_add(1, Relaxed).is_multiple_of(THIN) {

@@ -63,7 +63,7 @@ fn watched(fd: RawFd) -> io::Result<Watched> {
 
 /// A connection, for tokio's tasks.
 ///
-/// One task may read and another write ([`tokio::io::split`]). It belongs to the runtime in which it was made.
+/// One task may read and another write (`tokio::io::split`). It belongs to the runtime in which it was made.
 ///
 /// ```
 /// # tokio::runtime::Builder::new_current_thread().enable_io().build()?.block_on(async {
@@ -98,7 +98,7 @@ impl Stream {
     /// ```
     ///
     /// # Errors
-    /// Those of [`tokio::net::TcpStream::connect`].
+    /// Those of [`TcpStream::connect`](::tokio::net::TcpStream::connect).
     pub async fn connect(address: impl ToSocketAddrs) -> io::Result<Self> {
         Self::connect_with(&Builder::new(), address).await
     }
