@@ -38,6 +38,9 @@ pub struct Options {
     /// Other hosts known to speak SMC [SMC_PEERS]
     #[arg(long, value_name = "LIST")]
     peers: Option<String>,
+    /// What hosts must have in common to speak SMC with each other [SMC_EID]
+    #[arg(long, value_name = "LIST")]
+    eid: Option<String>,
     /// Only these: ports, addresses, networks, program names [SMC_ONLY]
     #[arg(long, value_name = "LIST")]
     only: Option<String>,
@@ -77,6 +80,7 @@ impl Options {
             ("SMC_RMB_SIZE", text(&self.rmb_size)),
             ("SMC_MEM_LIMIT", text(&self.mem_limit)),
             ("SMC_PEERS", text(&self.peers)),
+            ("SMC_EID", text(&self.eid)),
             ("SMC_ONLY", text(&self.only)),
             ("SMC_EXCLUDE", text(&self.exclude)),
             ("SMC_REQUIRE", on(self.require)),

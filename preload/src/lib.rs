@@ -13,6 +13,7 @@ mod fd_table;
 mod hook;
 mod hooks;
 mod real;
+mod remote;
 
 #[cfg(not(test))]
 #[global_allocator]

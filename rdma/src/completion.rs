@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use rdma_sys::{ibv_comp_channel, ibv_cq, ibv_wc, ibv_wc_opcode, ibv_wc_status};
 
-use crate::device::{Device, set_nonblocking};
+use crate::device::{Device, high, set_nonblocking};
 use crate::{check, failed};
 
 /// What has completed.
@@ -47,6 +47,8 @@ impl CompletionQueue {
         // SAFETY: the context is open.
         let channel = unsafe { rdma_sys::ibv_create_comp_channel(device.as_ptr()) };
         let channel = NonNull::new(channel).ok_or_else(|| failed("ibv_create_comp_channel"))?;
+        // SAFETY: the channel was just made, and nobody else has it.
+        unsafe { (*channel.as_ptr()).fd = high((*channel.as_ptr()).fd) };
         let none = std::ptr::null_mut();
         // SAFETY: context and channel live; vector 0 is always there.
         let cq = unsafe { rdma_sys::ibv_create_cq(device.as_ptr(), entries, none, channel.as_ptr(), 0) };

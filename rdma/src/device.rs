@@ -93,8 +93,11 @@ impl Device {
         })?;
         let context = context.ok_or_else(|| failed("ibv_open_device"))?;
         let device = Arc::new(Self { context, name: name.to_string() });
-        // SAFETY: the context is open, its descriptor ours; O_NONBLOCK harms nobody else.
-        unsafe { set_nonblocking((*context.as_ptr()).async_fd) }?;
+        // SAFETY: the context is open, and nobody else has it yet; libibverbs looks at its descriptors in each call.
+        let c = unsafe { &mut *context.as_ptr() };
+        (c.cmd_fd, c.async_fd) = (high(c.cmd_fd), high(c.async_fd));
+        // SAFETY: the descriptor is open and ours; O_NONBLOCK harms nobody else.
+        unsafe { set_nonblocking(c.async_fd) }?;
         Ok(device)
     }
 
@@ -138,6 +141,13 @@ impl Device {
             out.push(GidEntry { index, gid, v2: kind.trim() == "RoCE v2", mac: mac_of(&netdev), netdev });
         }
         Ok(out)
+    }
+
+    /// The descriptors that libibverbs has opened for it.
+    #[must_use]
+    pub fn fds(&self) -> [i32; 2] {
+        // SAFETY: the context is open; its descriptors do not change.
+        unsafe { [(*self.as_ptr()).cmd_fd, (*self.as_ptr()).async_fd] }
     }
 
     /// Becomes readable with [`Self::event`].
@@ -193,6 +203,16 @@ fn mac_of(netdev: &str) -> Mac {
         .zip(text.trim().split(':'))
         .for_each(|(to, b)| *to = u8::from_str_radix(b, 16).unwrap_or(0));
     mac
+}
+
+/// The same file under a high number: low ones are the program's. The old number if there is none.
+pub(crate) fn high(fd: i32) -> i32 {
+    let n = smc::sys::dup_high(fd);
+    if n < 0 {
+        return fd;
+    }
+    smc::sys::close(fd);
+    n
 }
 
 /// # Safety

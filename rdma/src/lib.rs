@@ -7,6 +7,7 @@
 //! | [`completion`] | a completion queue and the channel that wakes a sleeper |
 //! | [`queue_pair`] | an RC queue pair, from RESET to RTS and to its end |
 //! | [`session`] | all of them: one connection, of a client or a server |
+//! | [`service`] | the thread behind `libsmc.so`: all of a process's connections to other hosts |
 //!
 //! This is a library of its own, loaded when the first link to another host is wanted: `libsmc.so` has no need of
 //! rdma-core. What is loaded is asked for its [`smc_rdma_abi`] first.
@@ -20,12 +21,13 @@ pub mod completion;
 pub mod device;
 pub mod memory;
 pub mod queue_pair;
+pub mod service;
 pub mod session;
 
 use std::io;
 
 /// Version of what this library offers to libsmc.
-pub const ABI: u32 = 1;
+pub const ABI: u32 = smc::remote::ABI;
 
 /// The version, for who has loaded this by name.
 // SAFETY: no other symbol of this name is linked: it is the library's own prefix.

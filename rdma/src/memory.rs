@@ -21,7 +21,7 @@ pub enum Access {
     PeerWrites,
 }
 
-/// A registered mapping of its own, zeroed.
+/// Registered memory: a mapping of its own, zeroed, or another's.
 ///
 /// `at..at + len` is mapped, and `mr` registered for it, as long as this lives.
 #[derive(Debug)]
@@ -29,6 +29,8 @@ pub struct Region {
     at: NonNull<u8>,
     len: usize,
     mr: NonNull<ibv_mr>,
+    /// The mapping goes with this.
+    own: bool,
     domain: Arc<Domain>,
 }
 
@@ -49,22 +51,50 @@ impl Region {
         // A child's copy would break the tie between the addresses and the pages that the device knows.
         // SAFETY: the whole of the mapping that was just made.
         unsafe { libc::madvise(at, len, libc::MADV_DONTFORK) };
+        // SAFETY: the whole of the mapping, which goes with what this makes.
+        let made = unsafe { Self::register(domain, at.cast(), len, access, true) };
+        if made.is_err() {
+            // SAFETY: the mapping that was just made; nothing refers to it.
+            unsafe { libc::munmap(at, len) };
+        }
+        made
+    }
+
+    /// Memory of somebody else's.
+    ///
+    /// # Safety
+    /// `at..at + len` is mapped, readable and writable, as long as the region lives; nobody has a slice of it. The
+    /// mapping is shared, so that a forked child's is the same memory.
+    pub unsafe fn over(
+        domain: &Arc<Domain>,
+        at: *mut u8,
+        len: usize,
+        access: Access,
+    ) -> io::Result<Arc<Self>> {
+        // SAFETY: as the caller vouches.
+        unsafe { Self::register(domain, at, len, access, false) }
+    }
+
+    /// # Safety
+    /// `at..at + len` is mapped, readable and writable, as long as what this makes lives; `own`: it goes with that.
+    unsafe fn register(
+        domain: &Arc<Domain>,
+        at: *mut u8,
+        len: usize,
+        access: Access,
+        own: bool,
+    ) -> io::Result<Arc<Self>> {
         let rights = match access {
             Access::Local => ibv_access_flags::IBV_ACCESS_LOCAL_WRITE,
             Access::PeerWrites => {
                 ibv_access_flags::IBV_ACCESS_LOCAL_WRITE | ibv_access_flags::IBV_ACCESS_REMOTE_WRITE
             }
         };
+        let start = NonNull::new(at).ok_or_else(|| io::Error::other("memory at address 0"))?;
         // SAFETY: the domain lives, and the range is mapped, readable and writable.
-        let mr = unsafe { rdma_sys::ibv_reg_mr(domain.as_ptr(), at, len, rights.0 as i32) };
-        let Some(mr) = NonNull::new(mr) else {
-            let e = failed("ibv_reg_mr");
-            // SAFETY: the mapping that was just made; nothing refers to it.
-            unsafe { libc::munmap(at, len) };
-            return Err(e);
-        };
-        let at = NonNull::new(at.cast()).ok_or_else(|| io::Error::other("mmap gave address 0"))?;
-        Ok(Arc::new(Self { at, len, mr, domain: domain.clone() }))
+        let mr = unsafe { rdma_sys::ibv_reg_mr(domain.as_ptr(), at.cast(), len, rights.0 as i32) };
+        let mr = NonNull::new(mr).ok_or_else(|| failed("ibv_reg_mr"))?;
+        Ok(Arc::new(Self { at: start, len, mr, own, domain: domain.clone() }))
     }
 
     /// Its bytes.
@@ -140,7 +170,7 @@ impl Drop for Region {
         // SAFETY: registered by `new`. Queue pairs that use it hold an Arc, so none of them is left.
         let rc = unsafe { rdma_sys::ibv_dereg_mr(self.mr.as_ptr()) };
         // A device that still has it may still write to it: the pages stay then.
-        if rc == 0 {
+        if rc == 0 && self.own {
             // SAFETY: mapped by `new`, and nothing refers to it any more.
             unsafe { libc::munmap(self.at.as_ptr().cast(), self.len) };
         }

@@ -204,6 +204,12 @@ impl QueuePair {
         Ok(())
     }
 
+    /// Lets go of a region for which no work is under way.
+    pub fn detach(&self, region: &Arc<Region>) {
+        let mut attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
+        attached.retain(|r| !Arc::ptr_eq(r, region));
+    }
+
     /// The piece as the device has it, if it lies in an attached region.
     fn sge(&self, p: &Piece<'_>) -> io::Result<ibv_sge> {
         let attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);

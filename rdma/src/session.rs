@@ -212,7 +212,7 @@ impl Handshake<'_> {
             host: host(),
             max_conns: offer.max_conns,
             max_links: 1,
-            features: 0,
+            ..FirstContact::default()
         };
         self.offer = Some(offer);
         let parts = Parts::new(self.path, &self.local)?;

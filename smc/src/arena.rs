@@ -70,6 +70,16 @@ pub mod reset {
     }
 }
 
+/// Values of [`Slot::remote`]: who is behind the peer's side of the page, see `conn/remote.rs`.
+pub mod remote {
+    /// The peer itself.
+    pub const NO: u32 = 0;
+    /// The service, for a peer on another host.
+    pub const SERVED: u32 = 1;
+    /// The service was, and the stream is on TCP.
+    pub const WAS: u32 = 2;
+}
+
 /// Values of [`RxState::mode`].
 pub mod rx_mode {
     /// By TCP, counted.
@@ -243,6 +253,10 @@ pub struct Slot {
     pub wait: WaitState,
     /// Who the holders are.
     pub seats: Seats,
+    /// See [`remote`].
+    pub remote: AtomicU32,
+    /// 1: the program has shut its direction, and the service says so to the kernel when all has gone.
+    pub shut_later: AtomicU32,
 }
 
 /// Holders of a socket that can have a name of their own.
@@ -566,6 +580,8 @@ impl Slot {
             &self.wait.writers,
             &self.rx.deaf,
             &self.reset,
+            &self.remote,
+            &self.shut_later,
             &self.tx.told_full,
         ];
         for w in words {

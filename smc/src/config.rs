@@ -1,6 +1,12 @@
 //! Settings, read once from the environment. A bad value: one clear line, and the default.
 
 use crate::once::Once;
+use crate::wire::smcr::Eid;
+
+/// The EID that all have who are told no other.
+pub const DEFAULT_EID: &str = "LIBSMC";
+/// EIDs in a Proposal.
+const MOST_EIDS: usize = 8;
 
 /// When a connection has proved worth an upgrade.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +37,10 @@ pub struct Config {
     pub only: Vec<Rule>,
     /// `SMC_EXCLUDE`: candidates must not match.
     pub exclude: Vec<Rule>,
+    /// `SMC_PEERS`: networks of other hosts that are known to speak SMC-R, as mapped IPv6.
+    pub peers: Vec<Rule>,
+    /// `SMC_EID`: what both ends must have in common to speak SMC-R version 2.
+    pub eids: Vec<Eid>,
     /// `SMC_REQUIRE`: say on stderr when a candidate stays on TCP.
     pub require: bool,
     /// `SMC_LOG`: say on stderr what happens to connections.
@@ -40,6 +50,8 @@ pub struct Config {
     /// `SMC_TEST_DOWNGRADE`, for tests: after about so many calls on an upgraded connection what this end
     /// sends goes back to TCP, as if for an option that the ring can't carry; 0: never. `N:SEED` draws others.
     pub test_downgrade: (u32, u64),
+    /// `SMC_TEST_REMOTE`, for tests: a listed peer is another host's, also where it is on this one.
+    pub test_remote: bool,
 }
 
 /// One entry of `SMC_ONLY` or `SMC_EXCLUDE`.
@@ -64,10 +76,13 @@ impl Default for Config {
             disable: false,
             only: Vec::new(),
             exclude: Vec::new(),
+            peers: Vec::new(),
+            eids: Eid::user(DEFAULT_EID).into_iter().collect(),
             require: false,
             log: false,
             stats: None,
             test_downgrade: (0, 0),
+            test_remote: false,
         }
     }
 }
@@ -116,6 +131,9 @@ pub fn parse(env: Lookup<'_>, warn: &mut dyn FnMut(&str)) -> Config {
     });
     read("SMC_ONLY", &mut |s| rules(s).map(|r| c.only = r).is_some());
     read("SMC_EXCLUDE", &mut |s| rules(s).map(|r| c.exclude = r).is_some());
+    read("SMC_PEERS", &mut |s| networks(s).map(|p| c.peers = p).is_some());
+    read("SMC_EID", &mut |s| eids(s).map(|e| c.eids = e).is_some());
+    read("SMC_TEST_REMOTE", &mut |s| flag(s).map(|b| c.test_remote = b).is_some());
     c.stats = env("SMC_STATS").filter(|s| !s.is_empty());
     c
 }
@@ -164,6 +182,16 @@ fn rules(s: &str) -> Option<Vec<Rule>> {
     s.split([',', ' ']).filter(|p| !p.is_empty()).map(rule).collect()
 }
 
+/// Networks and addresses, and nothing else.
+fn networks(s: &str) -> Option<Vec<Rule>> {
+    rules(s).filter(|all| all.iter().all(|r| matches!(r, Rule::Net(..))))
+}
+
+fn eids(s: &str) -> Option<Vec<Eid>> {
+    let all: Option<Vec<_>> = s.split([',', ' ']).filter(|p| !p.is_empty()).map(Eid::user).collect();
+    all.filter(|e| (1..=MOST_EIDS).contains(&e.len()))
+}
+
 fn rule(s: &str) -> Option<Rule> {
     if let Ok(p) = s.parse::<u16>() {
         return Some(Rule::Port(p));
@@ -181,15 +209,25 @@ fn rule(s: &str) -> Option<Rule> {
 }
 
 impl Config {
+    /// Whether the host of that address is known to speak SMC-R.
+    pub fn is_peer(&self, address: u128) -> bool {
+        self.peers.iter().any(|r| matches!(r, Rule::Net(a, len) if holds(*a, *len, address)))
+    }
+
     /// Whether policy lets a connection with these ends be a candidate.
     pub fn allows(&self, program: &[u8], ends: &[(u128, u16); 2]) -> bool {
         let hit = |r: &Rule| match r {
             Rule::Port(p) => ends.iter().any(|e| e.1 == *p),
-            Rule::Net(a, len) => ends.iter().any(|e| *len == 0 || (e.0 ^ a) >> (128 - len) == 0),
+            Rule::Net(a, len) => ends.iter().any(|e| holds(*a, *len, e.0)),
             Rule::Program(n) => n == program,
         };
         !self.disable && (self.only.is_empty() || self.only.iter().any(hit)) && !self.exclude.iter().any(hit)
     }
+}
+
+/// Whether the network `a` of `len` bits has that address.
+fn holds(a: u128, len: u32, address: u128) -> bool {
+    len == 0 || (address ^ a) >> (128 - len) == 0
 }
 
 #[cfg(test)]
@@ -241,5 +279,20 @@ mod tests {
         assert!(with(&[("SMC_EXCLUDE", "10.0.0.0/8,redis-cli")]).0.allows(b"x", &ends));
         assert!(!with(&[("SMC_EXCLUDE", "redis-cli")]).0.allows(b"redis-cli", &ends));
         assert!(!with(&[("SMC_DISABLE", "1")]).0.allows(b"x", &ends));
+    }
+
+    #[test]
+    fn peers_are_networks() {
+        let v4 = |s: &str| s.parse::<std::net::Ipv4Addr>().map(|a| a.to_ipv6_mapped().to_bits()).unwrap_or(0);
+        let (c, w) = with(&[("SMC_PEERS", "10.0.0.0/24,192.168.1.7"), ("SMC_EID", "RACK-1,LIBSMC")]);
+        assert!(w.is_empty());
+        assert!(c.is_peer(v4("10.0.0.9")) && c.is_peer(v4("192.168.1.7")));
+        assert!(!c.is_peer(v4("10.0.1.9")) && !c.is_peer(v4("192.168.1.8")));
+        assert_eq!(c.eids, [Eid::user("RACK-1").unwrap(), Eid::user("LIBSMC").unwrap()]);
+        for (k, v) in [("SMC_PEERS", "80"), ("SMC_PEERS", "host"), ("SMC_EID", "lower"), ("SMC_EID", "")] {
+            let (c, w) = with(&[(k, v)]);
+            assert_eq!((w.len(), c.peers.len(), c.eids.len()), (1, 0, 1), "{k}={v}");
+        }
+        assert!(!Config::default().is_peer(v4("10.0.0.9")), "nobody is listed by default");
     }
 }

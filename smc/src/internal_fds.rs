@@ -17,13 +17,17 @@ static TIGHT: AtomicBool = AtomicBool::new(false);
 
 /// Marks `fd` as ours.
 pub fn add(fd: i32) {
+    mark(fd);
+    // ORDERING [fds.alarm] AcqRel; pairs with the swap in `set_alarm`. Carries: the bit.
+    ALARM.fetch_min(before(fd), AcqRel);
+}
+
+fn mark(fd: i32) {
     if let Some(w) = BITS.get(fd as usize / 64)
         && w.fetch_or(1 << (fd as usize % 64), Relaxed) & (1 << (fd as usize % 64)) == 0
     {
         COUNT.fetch_add(1, Relaxed);
     }
-    // ORDERING [fds.alarm] AcqRel; pairs with the swap in `set_alarm`. Carries: the bit.
-    ALARM.fetch_min(before(fd), AcqRel);
 }
 
 /// Some numbers before `lowest`: from there on the program's are too close to ours.
@@ -38,11 +42,43 @@ pub fn alarm() -> i32 {
     ALARM.load(Relaxed)
 }
 
+/// Of those that are ours, the numbers that a forked child is not to keep open: what is behind them ends with the
+/// process that made them.
+static OWN: [AtomicU64; MAX / 64] = [const { AtomicU64::new(0) }; MAX / 64];
+
+/// As [`add`], for one that a forked child closes. It can't be given back, so it does not count for the alarm.
+pub fn add_unshared(fd: i32) {
+    mark(fd);
+    if let Some(w) = OWN.get(fd as usize / 64) {
+        w.fetch_or(1 << (fd as usize % 64), Relaxed);
+    }
+}
+
+/// In a forked child: closes what is its parent's alone.
+pub fn close_unshared() {
+    let mut at = 0;
+    while let Some(fd) = next(at) {
+        at = fd + 1;
+        if is_unshared(fd) {
+            remove(fd as i32);
+            crate::sys::close(fd as i32);
+        }
+    }
+}
+
+fn is_unshared(fd: u32) -> bool {
+    OWN.get(fd as usize / 64).is_some_and(|w| w.load(Relaxed) & 1 << (fd % 64) != 0)
+}
+
 /// Ours have become fewer: the alarm is what the rest asks for.
 pub fn set_alarm() {
     // ORDERING [fds.alarm] AcqRel; pairs with the `fetch_min` in `add`: what was lost here is seen by `next`.
     ALARM.swap(i32::MAX, AcqRel);
-    if let Some(lowest) = next(0) {
+    let mut lowest = next(0);
+    while let Some(fd) = lowest.filter(|fd| is_unshared(*fd)) {
+        lowest = next(fd + 1);
+    }
+    if let Some(lowest) = lowest {
         ALARM.fetch_min(before(lowest as i32), AcqRel);
     }
 }
@@ -61,6 +97,9 @@ pub fn set_tight(on: bool) {
 
 /// `fd` is about to be closed by ourselves.
 pub fn remove(fd: i32) {
+    if let Some(w) = OWN.get(fd as usize / 64) {
+        w.fetch_and(!(1 << (fd as usize % 64)), Relaxed);
+    }
     if let Some(w) = BITS.get(fd as usize / 64)
         && w.fetch_and(!(1 << (fd as usize % 64)), Relaxed) & (1 << (fd as usize % 64)) != 0
     {
@@ -110,6 +149,12 @@ mod tests {
         super::remove(a);
         super::remove(b);
         assert_eq!(super::next(900_000), None);
+        super::add_unshared(900_003);
+        assert!(super::contains(900_003));
+        super::set_alarm();
+        assert!(super::alarm() > 900_003, "it can't be given back");
+        super::remove(900_003);
+        assert!(!super::is_unshared(900_003));
         super::set_alarm();
         assert!(super::next(0).map_or(i32::MAX, |n| n as i32) >= super::alarm());
     }

@@ -44,6 +44,7 @@ pub mod net;
 pub mod once;
 pub mod rawsys;
 pub mod reason;
+pub mod remote;
 #[cfg(not(smc_loom))]
 pub mod report;
 pub mod ring;

@@ -19,15 +19,22 @@ pub fn program() -> &'static [u8] {
     })
 }
 
+/// Places in [`Sums::bytes`]: sent, and received behind it.
+const SHM: usize = 0;
+const RDMA: usize = 2;
+const TCP: usize = 4;
+
 const REASONS: usize = Reason::ALL.len();
 
 /// Sums over the connections that have ended in this process.
 #[derive(Debug)]
 pub struct Sums {
     shm: AtomicU64,
+    rdma: AtomicU64,
     tcp: AtomicU64,
     fallback: [AtomicU64; REASONS],
-    bytes: [AtomicU64; 4],
+    /// shm_tx, shm_rx, rdma_tx, rdma_rx, tcp_tx, tcp_rx.
+    bytes: [AtomicU64; 6],
     polled: AtomicU64,
     slept: AtomicU64,
     doorbells: AtomicU64,
@@ -40,9 +47,10 @@ impl Sums {
     pub const fn new() -> Self {
         Sums {
             shm: AtomicU64::new(0),
+            rdma: AtomicU64::new(0),
             tcp: AtomicU64::new(0),
             fallback: [const { AtomicU64::new(0) }; REASONS],
-            bytes: [const { AtomicU64::new(0) }; 4],
+            bytes: [const { AtomicU64::new(0) }; 6],
             polled: AtomicU64::new(0),
             slept: AtomicU64::new(0),
             doorbells: AtomicU64::new(0),
@@ -53,19 +61,24 @@ impl Sums {
 
     /// Adds a connection.
     pub fn add(&self, t: &Totals) {
-        if t.best == 0 {
-            self.tcp.fetch_add(1, Relaxed);
-        } else {
-            self.shm.fetch_add(1, Relaxed);
-        }
+        let (count, ring) = match t.best {
+            0 => (&self.tcp, TCP),
+            1 => (&self.shm, SHM),
+            _ => (&self.rdma, RDMA),
+        };
+        count.fetch_add(1, Relaxed);
         if (t.best == 0 || t.downgrades > 0)
             && let Ok(r) = Reason::try_from(t.reason)
             && let Some(i) = Reason::ALL.iter().position(|x| *x == r)
         {
             self.fallback[i].fetch_add(1, Relaxed);
         }
-        for (a, b) in self.bytes.iter().zip(t.bytes) {
-            a.fetch_add(b, Relaxed);
+        // What was written into a ring and went by TCP after all counts there.
+        let at = [ring, ring + 1, TCP, TCP + 1];
+        for (i, n) in at.into_iter().zip(t.bytes) {
+            if let Some(sum) = self.bytes.get(i) {
+                sum.fetch_add(n, Relaxed);
+            }
         }
         self.polled.fetch_add(t.polled, Relaxed);
         self.slept.fetch_add(t.slept, Relaxed);
@@ -78,6 +91,7 @@ impl Sums {
     pub fn merge(&self, o: &Sums) {
         let pairs = [
             (&self.shm, &o.shm),
+            (&self.rdma, &o.rdma),
             (&self.tcp, &o.tcp),
             (&self.polled, &o.polled),
             (&self.slept, &o.slept),
@@ -98,6 +112,7 @@ impl Sums {
     pub fn clear(&self) {
         let all = [
             &self.shm,
+            &self.rdma,
             &self.tcp,
             &self.polled,
             &self.slept,
@@ -120,10 +135,11 @@ impl Sums {
             .collect();
         let _ = write!(
             s,
-            "{{\"pid\":{},\"program\":\"{}\",\"connections\":{{\"shm\":{},\"rdma\":0,\"tcp\":{}}},\"fallback\":{{",
+            "{{\"pid\":{},\"program\":\"{}\",\"connections\":{{\"shm\":{},\"rdma\":{},\"tcp\":{}}},\"fallback\":{{",
             crate::sys::getpid(),
             name,
             g(&self.shm),
+            g(&self.rdma),
             g(&self.tcp)
         );
         let mut first = true;
@@ -136,12 +152,14 @@ impl Sums {
         let b = &self.bytes;
         let _ = writeln!(
             s,
-            "}},\"bytes\":{{\"shm_tx\":{},\"shm_rx\":{},\"rdma_tx\":0,\"rdma_rx\":0,\"tcp_tx\":{},\"tcp_rx\":{}}},\
+            "}},\"bytes\":{{\"shm_tx\":{},\"shm_rx\":{},\"rdma_tx\":{},\"rdma_rx\":{},\"tcp_tx\":{},\"tcp_rx\":{}}},\
              \"wakeups\":{{\"polled\":{},\"slept\":{},\"doorbells\":{}}},\"upgrades\":{},\"downgrades\":{}}}",
             g(&b[0]),
             g(&b[1]),
             g(&b[2]),
             g(&b[3]),
+            g(&b[4]),
+            g(&b[5]),
             g(&self.polled),
             g(&self.slept),
             g(&self.doorbells),

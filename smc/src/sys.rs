@@ -178,6 +178,21 @@ pub fn recv_small(fd: i32, buf: &mut [u8], flags: i32) -> isize {
     }
 }
 
+/// send(2) of few bytes.
+pub fn send_small(fd: i32, bytes: &[u8], flags: i32) -> isize {
+    // SAFETY: `bytes` is readable for its length.
+    unsafe {
+        syscall6(libc::SYS_sendto, fd as usize, bytes.as_ptr() as usize, bytes.len(), flags as usize, 0, 0)
+    }
+}
+
+/// connect(2) to AF_UNSPEC: resets a TCP connection (tcp_disconnect); the peer hears ECONNRESET.
+pub fn disconnect(fd: i32) {
+    let unspec = [0u8; 16];
+    // SAFETY: a readable sockaddr of 16 bytes.
+    unsafe { syscall6(libc::SYS_connect, fd as usize, unspec.as_ptr() as usize, 16, 0, 0, 0) };
+}
+
 /// recvmsg(2) with plain iovecs.
 ///
 /// # Safety
@@ -670,6 +685,31 @@ pub fn handlers_restart(counted: usize) -> bool {
         let none = [libc::SIG_DFL, libc::SIG_IGN].contains(&act[0]) || act[0] == counted;
         r < 0 || none || act[1] & libc::SA_RESTART as usize != 0
     })
+}
+
+/// This process's real user.
+pub fn uid() -> u32 {
+    // SAFETY: no arguments.
+    unsafe { syscall6(libc::SYS_getuid, 0, 0, 0, 0, 0, 0) as u32 }
+}
+
+/// Sends this thread a signal, as the kernel does for a call of its own.
+pub fn raise(signal: i32) {
+    // SAFETY: no pointers.
+    unsafe {
+        syscall6(libc::SYS_tgkill, getpid() as usize, gettid() as usize, signal as usize, 0, 0, 0);
+    }
+}
+
+/// A pair of connected Unix stream sockets, close-on-exec; or an errno.
+pub fn socketpair() -> Result<(i32, i32), i32> {
+    let mut fds = [0i32; 2];
+    let kind = (libc::SOCK_STREAM | libc::SOCK_CLOEXEC) as usize;
+    // SAFETY: `fds` is writable for two ints.
+    let r = unsafe {
+        syscall6(libc::SYS_socketpair, libc::AF_UNIX as usize, kind, 0, fds.as_mut_ptr() as usize, 0, 0)
+    };
+    if r < 0 { Err(-r as i32) } else { Ok((fds[0], fds[1])) }
 }
 
 /// Random bytes, or time and pid where the kernel has none yet.

@@ -178,9 +178,22 @@ fn rdma() -> io::Result<Tally> {
         println!("no tests were found:\n{text}");
         return Ok(Tally::step(false));
     }
+    // What the programs in there are preloaded with.
+    tally.add(step(shell::cargo().args([
+        "build",
+        "--quiet",
+        "--release",
+        "-p",
+        "smc-preload",
+        "-p",
+        "smc-cli",
+    ]))?);
     let line: Vec<String> =
         programs.iter().map(|p| format!("'{p}' --ignored --test-threads=1 || failed=1")).collect();
-    let ran = vm::run(&format!("cd rdma\nfailed=0\n{}\nreturn $failed", line.join("\n")), VM_LIMIT)?;
+    let library = rounds::library().display().to_string();
+    let line =
+        format!("cd rdma\nexport SMC_LIBRARY='{library}'\nfailed=0\n{}\nreturn $failed", line.join("\n"));
+    let ran = vm::run(&line, VM_LIMIT)?;
     print!("{}{}", ran.output, ran.console);
     let lines: Vec<String> = ran.output.lines().map(str::to_string).collect();
     let mut inside = Tally::from_run(ran.status == Some(0), &lines);

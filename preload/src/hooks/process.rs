@@ -36,6 +36,7 @@ extern "C" fn start() {
     super::signals::start();
     crate::real::start();
     crate::deep::start();
+    crate::remote::start();
     let _ = (engine::sys::gettid(), engine::sys::own_pid());
     // fork, forkpty and daemon all run these handlers.
     // SAFETY: the handlers are functions of this library, which is never unloaded (it is preloaded).
@@ -92,6 +93,7 @@ pub extern "C" fn in_child() {
     let _ = (engine::sys::gettid(), engine::sys::own_pid());
     engine::lgr::after_fork_child();
     engine::arena::after_fork_child();
+    crate::remote::after_fork_child();
     fd_table::after_fork_child(FORK.get(), parent);
     super::signals::after_fork_child();
     section::leave();
@@ -201,6 +203,7 @@ fn last_words() {
         crate::hook::write_stats();
     }
     fd_table::each(Kind::Stream, |e| e.sock.exiting(fd_table::number_of(e.id(), -1).unwrap_or(-1)));
+    crate::remote::drain();
 }
 
 #[cfg_attr(test, allow(dead_code))]
@@ -376,6 +379,7 @@ fn before_exec() -> Leaving {
         }
     }
     gone.iter().for_each(|e| e.sock.exec_closes(fd_table::number_of(e.id(), -1).unwrap_or(-1)));
+    crate::remote::drain();
     Leaving { relays, gone }
 }
 

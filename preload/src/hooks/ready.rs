@@ -37,6 +37,8 @@ use libc::{c_int, c_short, nfds_t, pollfd, sigset_t, size_t, timespec};
 
 const IN: c_short = libc::POLLIN | libc::POLLRDNORM;
 const OUT: c_short = libc::POLLOUT | libc::POLLWRNORM;
+/// What the kernel says of TCP's reading end.
+const HIDDEN: c_short = IN | libc::POLLRDHUP | libc::POLLPRI | libc::POLLRDBAND;
 const ALWAYS: c_short = libc::POLLERR | libc::POLLHUP | libc::POLLNVAL;
 
 /// Connections, and poll entries, that need no allocation.
@@ -226,6 +228,7 @@ impl Watches {
             match fd_table::lookup(p.fd) {
                 None => self.others += 1,
                 Some(e) if e.is_stream() => {
+                    e.sock.meet(p.fd);
                     e.sock.obey(p.fd);
                     self.push(Watch { e, fd: p.fd, at, way: Way::Kernel, bell: None, armed: 0 })
                 }
@@ -384,6 +387,9 @@ impl Watches {
                 } else if w.e.sock.look_at(w.fd).from_kernel & libc::POLLOUT as u32 == 0 {
                     o.events &= !(OUT | libc::POLLWRBAND);
                 }
+                if w.e.sock.hides_tcp() {
+                    o.events &= !HIDDEN;
+                }
             }
             if let (Some(b), Some(fd)) = (w.bell, w.e.sock.bell())
                 && let Some(o) = out.get_mut(b)
@@ -414,7 +420,10 @@ impl Watches {
             p.revents = k.revents;
         }
         for w in self.all() {
-            let Some(k) = kernel.get(w.at) else { continue };
+            let Some(mut k) = kernel.get(w.at).copied() else { continue };
+            if w.e.sock.hides_tcp() {
+                k.revents &= !(HIDDEN | libc::POLLHUP);
+            }
             if k.revents & libc::POLLERR != 0 {
                 w.e.sock.kernel_tells(w.e.sock.fd_now(w.fd));
             } else if k.revents & (IN | libc::POLLRDHUP | libc::POLLHUP) != 0 {

@@ -125,7 +125,13 @@ hook! {
         if let Some(e) = &e {
             e.sock.before_shutdown(fd, how);
         }
-        let r = real!(shutdown(fd => c_int, how => c_int) -> c_int);
+        let how_now = match how {
+            libc::SHUT_WR | libc::SHUT_RDWR if e.as_ref().is_some_and(|e| e.sock.shuts_later()) => {
+                if how == libc::SHUT_WR { None } else { Some(libc::SHUT_RD) }
+            }
+            how => Some(how),
+        };
+        let r = how_now.map_or(0, |how| real!(shutdown(fd => c_int, how => c_int) -> c_int));
         if let Some(e) = &e {
             let error = errno();
             e.sock.after_shutdown(how);

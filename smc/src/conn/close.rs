@@ -250,7 +250,7 @@ impl Socket {
             }
             return false;
         }
-        let Some(m) = self.mapped() else { return false };
+        let Some(m) = self.mapped().filter(|_| !s.is_served()) else { return false };
         if lock::held_by_me(&s.rx.lock) || lock::held_by_me(&s.tx.lock) {
             return false;
         }

@@ -44,7 +44,10 @@ impl Socket {
     /// come.
     #[cold]
     pub fn call_ends(&self, fd: i32) {
-        if self.changed.load(Relaxed) & FORCED == 0 || self.phase.load(Relaxed) != phase::MAPPED {
+        if self.changed.load(Relaxed) & FORCED == 0
+            || self.phase.load(Relaxed) != phase::MAPPED
+            || self.slot().is_some_and(|s| s.is_served())
+        {
             return;
         }
         // A program that was told the stream is full would find TCP's empty queue, which no real cause does so

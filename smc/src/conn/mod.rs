@@ -25,6 +25,7 @@ mod forced;
 mod holders;
 mod native;
 mod patience;
+pub mod remote;
 mod rx;
 mod spans;
 mod tx;
@@ -154,6 +155,8 @@ pub struct Socket {
     /// An fd of our own, plus one, under which the socket lives on for calls that were under way when the
     /// program closed its last. 0: none.
     parked: AtomicU32,
+    /// Its peer may be on another host, and no call has asked yet, see `remote.rs`.
+    wanted: AtomicU32,
     /// 1: it was handed to a program or process that does not count as a holder.
     handed: AtomicU32,
     /// Calls without waiting that have found nothing.
@@ -192,11 +195,11 @@ pub struct Look {
 /// A connection's numbers for the statistics.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Totals {
-    /// Best mode: 0 TCP, 1 SHM.
+    /// Best mode: 0 TCP, 1 SHM, 2 RDMA.
     pub best: u32,
     /// Reason code, 0 none.
     pub reason: u32,
-    /// Bytes: shm_tx, shm_rx, tcp_tx, tcp_rx.
+    /// Bytes: ring_tx, ring_rx, tcp_tx, tcp_rx.
     pub bytes: [u64; 4],
     /// Waits that ended by polling.
     pub polled: u64,
@@ -264,6 +267,7 @@ impl Socket {
             watched: AtomicU32::new(0),
             closed: AtomicU32::new(0),
             parked: AtomicU32::new(0),
+            wanted: AtomicU32::new(0),
             handed: AtomicU32::new(0),
             idle: AtomicU32::new(0),
             rearms: AtomicU32::new(0),
@@ -307,6 +311,7 @@ impl Socket {
         self.after.store(tuning.upgrade_after.bytes, Relaxed);
         self.ring_size.store(tuning.ring_size, Relaxed);
         self.force();
+        self.expect_peer();
         self.phase.store(phase::COUNTING, Relaxed);
         // ORDERING [socket.slot] Release; pairs with the Acquire in `slot`. Carries: the words above.
         self.slot.store(std::ptr::from_ref(slot).cast_mut(), Release);
@@ -406,6 +411,7 @@ impl Socket {
     /// A call that moves bytes begins: count it, and move the upgrade on.
     #[inline]
     fn advance(&self, fd: i32, s: &Slot) {
+        self.meet(fd);
         match self.phase.load(Relaxed) {
             phase::OFF => {}
             phase::MAPPED => self.advance_mapped(fd, s),
@@ -545,18 +551,7 @@ impl Socket {
         if !sys::is_tcp(fd) {
             return Err(Reason::Ulp);
         }
-        s.cookie.store(sys::cookie(fd), Relaxed);
-        // No peer yet (a connect under way), or not any more.
-        let (fam, local, lport) = sys::sockaddr(fd, false).ok_or(Reason::TooShort)?;
-        let (_, peer, pport) = sys::sockaddr(fd, true).ok_or(Reason::TooShort)?;
-        s.family.store(fam, Relaxed);
-        s.local_port.store(lport.into(), Relaxed);
-        s.peer_port.store(pport.into(), Relaxed);
-        for i in 0..4 {
-            s.local_addr[i].store(local[i], Relaxed);
-            s.peer_addr[i].store(peer[i], Relaxed);
-        }
-        let ends = [(wide(fam, local), lport), (wide(fam, peer), pport)];
+        let ends = self.identify(fd, s)?;
         if !config().allows(crate::report::program(), &ends) {
             return Err(if config().disable { Reason::Disabled } else { Reason::Excluded });
         }
@@ -574,6 +569,22 @@ impl Socket {
                 fd_base: sys::fd_base(),
             },
         )
+    }
+
+    /// Both ends' addresses, as policy compares them, and into the slot.
+    fn identify(&self, fd: i32, s: &Slot) -> Result<[(u128, u16); 2], Reason> {
+        s.cookie.store(sys::cookie(fd), Relaxed);
+        // No peer yet (a connect under way), or not any more.
+        let (fam, local, lport) = sys::sockaddr(fd, false).ok_or(Reason::TooShort)?;
+        let (_, peer, pport) = sys::sockaddr(fd, true).ok_or(Reason::TooShort)?;
+        s.family.store(fam, Relaxed);
+        s.local_port.store(lport.into(), Relaxed);
+        s.peer_port.store(pport.into(), Relaxed);
+        for i in 0..4 {
+            s.local_addr[i].store(local[i], Relaxed);
+            s.peer_addr[i].store(peer[i], Relaxed);
+        }
+        Ok([(wide(fam, local), lport), (wide(fam, peer), pport)])
     }
 
     /// Bytes wanted in each ring. The connecting end says what it takes the connection for; the accepting end

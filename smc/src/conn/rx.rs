@@ -526,7 +526,7 @@ impl Socket {
     /// Under the rx lock, at the cursor where the ring ends.
     #[cold]
     #[inline(never)]
-    fn out_of_ring(&self, s: &Slot, m: &Mapped<'_>, fd: i32, g: lock::Guard<'_>) {
+    pub(super) fn out_of_ring(&self, s: &Slot, m: &Mapped<'_>, fd: i32, g: lock::Guard<'_>) {
         if s.rx.stopped.load(Relaxed) == STOPPING {
             // Not before here: the bytes below its cursor are this side's in any case.
             let first = self.settle_stop(s, m);
@@ -570,6 +570,10 @@ impl Socket {
     #[cold]
     fn take_stray(&self, fd: i32, s: &Slot, v: &Iov<'_>, done: usize, flags: i32) -> Option<isize> {
         s.rx.suspect.store(0, Relaxed);
+        if s.is_served() {
+            // TCP's stream is the service's.
+            return None;
+        }
         let m = self.mapped()?;
         let trunc = flags & libc::MSG_TRUNC;
         let mut p = [libc::pollfd { fd, events: libc::POLLIN | libc::POLLRDHUP, revents: 0 }];
@@ -713,6 +717,9 @@ impl Socket {
     #[cold]
     pub fn stop_rx(&self, why: Reason, keep: bool) {
         let Some(s) = self.slot() else { return };
+        if s.is_served() && why != Reason::PeerGone {
+            return;
+        }
         if s.rx.mode.load(Acquire) == rx_mode::TCP {
             return self.bar(why);
         }

@@ -8,7 +8,7 @@
 
 use super::waiting::{What, Woke};
 use super::{Mapped, Socket, bounds, fate};
-use crate::arena::{Slot, tx_mode};
+use crate::arena::{Slot, remote, tx_mode};
 use crate::handshake::switch;
 use crate::lock;
 use crate::mem::layout::ctl;
@@ -156,6 +156,9 @@ impl Socket {
         let Some(s) = self.slot() else { return self.in_kernel(kernel) };
         if s.tx.mode.load(Acquire) == tx_mode::DONE && s.reset.load(Relaxed) == 0 {
             return self.in_kernel(kernel);
+        }
+        if self.is_shut(s) {
+            return self.broken_pipe(flags);
         }
         let v = Iov::new(iov);
         if v.total == 0 || flags & ODD != 0 {
@@ -435,6 +438,13 @@ impl Socket {
         if n > 0 { Some(n) } else { None }
     }
 
+    /// The stream goes back to TCP. (Between hosts that is the end of the connection, or of a handshake.)
+    pub(super) fn count_downgrade(&self, s: &Slot) {
+        if s.remote.load(Relaxed) == remote::NO {
+            s.downgrades.fetch_add(1, Relaxed);
+        }
+    }
+
     pub(super) fn count_upgrade(&self, s: &Slot) {
         if s.best.swap(1, Relaxed) == 0 {
             s.upgrades.fetch_add(1, Relaxed);
@@ -484,7 +494,7 @@ impl Socket {
         if doorbell::asked(m.peer) {
             // Nothing more into the ring: what the kernel says of these bytes is the answer.
             let ring = self.leave_ring(fd, s, m);
-            s.downgrades.fetch_add(1, Relaxed);
+            self.count_downgrade(s);
             drop(g);
             if ring {
                 self.ring_peer(s, m);
@@ -534,7 +544,7 @@ impl Socket {
         let mut taken = n;
         if owed.stop {
             owed.ring |= self.leave_ring(fd, s, m);
-            s.downgrades.fetch_add(1, Relaxed);
+            self.count_downgrade(s);
             taken -= self.take_back(s, prod, at);
         }
         let check = looks_after(s);
@@ -634,6 +644,7 @@ impl Socket {
             if left == 0 || left > m.txbuf.size() {
                 s.tx.mode.store(tx_mode::DONE, Release);
                 self.set_changed();
+                self.shut_now(fd, s);
                 return 0;
             }
             let mut state = [libc::pollfd { fd, events: libc::POLLOUT, revents: 0 }];
@@ -666,6 +677,9 @@ impl Socket {
     #[cold]
     pub fn leave_tx(&self, fd: i32, why: Reason) {
         let Some(s) = self.slot() else { return };
+        if s.is_served() {
+            return self.cannot_leave(fd, s, why);
+        }
         if s.tx.mode.load(Acquire) == tx_mode::TCP {
             return self.bar(why);
         }
@@ -675,7 +689,7 @@ impl Socket {
         match s.tx.mode.load(Relaxed) {
             tx_mode::RING => {
                 ring = self.leave_ring(fd, s, &m);
-                s.downgrades.fetch_add(1, Relaxed);
+                self.count_downgrade(s);
                 s.reason.store(why.code(), Relaxed);
             }
             tx_mode::ANNOUNCED => {
@@ -715,12 +729,7 @@ impl Socket {
         s.rx.mode.store(crate::arena::rx_mode::DONE, Release);
         s.reset.store(crate::arena::reset::TOLD, Relaxed);
         self.set_changed();
-        // connect(AF_UNSPEC) resets the TCP connection (tcp_disconnect); the peer hears ECONNRESET.
-        let unspec = [0u8; 16];
-        // SAFETY: a readable sockaddr of 16 bytes.
-        unsafe {
-            crate::rawsys::syscall6(libc::SYS_connect, fd as usize, unspec.as_ptr() as usize, 16, 0, 0, 0)
-        };
+        sys::disconnect(fd);
         crate::report::log_fallback(s, Reason::PeerMisbehaved);
     }
 }

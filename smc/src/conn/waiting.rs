@@ -533,7 +533,7 @@ impl Socket {
         match s.tx.mode.load(Relaxed) {
             tx_mode::RING if doorbell::asked(m.peer) => {
                 ring = self.leave_ring(fd, s, &m);
-                s.downgrades.fetch_add(1, Relaxed);
+                self.count_downgrade(s);
             }
             tx_mode::FLUSH => {
                 let _ = self.flush(fd, s, &m);
@@ -626,7 +626,7 @@ impl Socket {
         let Some(s) = self.slot() else { return all };
         let Some(m) = self.mapped() else { return all };
         // The kernel's POLLIN always counts: the end of the stream, or bytes behind our back.
-        let mut l = Look { ready: 0, from_kernel: POLLIN };
+        let mut l = Look { ready: 0, from_kernel: if self.hides_tcp() { 0 } else { POLLIN } };
         let fate = s.reset.load(Relaxed);
         if reset::is_errno(fate) {
             l.ready |= libc::POLLERR as u32;

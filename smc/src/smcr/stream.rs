@@ -47,6 +47,19 @@ pub struct Transmit {
     pub cdc: Cdc,
 }
 
+/// Where a connection stands, in bytes from its beginning.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Places {
+    /// What the program has written.
+    pub written: u64,
+    /// What is known to have arrived: its place in the send buffer is free.
+    pub fin: u64,
+    /// What the peer has sent.
+    pub produced: u64,
+    /// What the program has read of that.
+    pub consumed: u64,
+}
+
 /// What a message from the peer has changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Heard {
@@ -239,6 +252,31 @@ impl Stream {
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.flights.len()
+    }
+
+    /// The positions: written by the program, known to have arrived, produced by the peer, taken by the program.
+    #[must_use]
+    pub fn places(&self) -> Places {
+        Places { written: self.written, fin: self.fin, produced: self.produced, consumed: self.consumed }
+    }
+
+    /// What the peer has said of its end.
+    #[must_use]
+    pub fn heard(&self) -> Closing {
+        self.heard
+    }
+
+    /// What the peer has been told of ours, by messages that may not have arrived.
+    #[must_use]
+    pub fn said(&self) -> Closing {
+        self.said
+    }
+
+    /// Whether the peer waits to be told of room, or soon may: it is worth hearing of each byte taken.
+    #[must_use]
+    pub fn owes_room(&self) -> bool {
+        let size = u64::from(self.sizes.own);
+        self.peer_blocked || size - (self.produced - self.confirmed) <= size / 2
     }
 
     // What the link does.

@@ -245,7 +245,13 @@ fn decode(slot: &Words<'_>, names: &BTreeMap<u32, String>) -> ConnectionInfo {
         1 => Mode::Shm,
         _ => Mode::Rdma,
     };
-    let ring = if best == Mode::Rdma { Mode::Rdma } else { Mode::Shm };
+    // One that is served, and whose handshake is under way, is on TCP still.
+    let served = slot.u32(offset_of!(Slot, remote)) != 0;
+    let ring = match best {
+        Mode::Tcp if served => Mode::Tcp,
+        Mode::Rdma => Mode::Rdma,
+        _ => Mode::Shm,
+    };
     let mode = |in_ring: bool| if in_ring { ring } else { Mode::Tcp };
     let family = slot.u32(offset_of!(Slot, family));
     let local_port = slot.u32(offset_of!(Slot, local_port));

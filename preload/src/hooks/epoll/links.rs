@@ -192,6 +192,9 @@ pub(super) unsafe fn control(
     fd: i32,
     event: *mut epoll_event,
 ) -> isize {
+    if op != EPOLL_CTL_DEL {
+        sock.sock.meet(fd);
+    }
     // SAFETY: the program's own arguments.
     let raw = || unsafe { control_raw(epfd, op, fd, event) };
     let size = size_of::<epoll_event>();

@@ -13,6 +13,8 @@ use std::sync::atomic::{AtomicI32, AtomicU32, Ordering::*, fence};
 
 pub(super) const IN: u32 = (libc::EPOLLIN | libc::EPOLLRDNORM) as u32;
 pub(super) const OUT: u32 = (libc::EPOLLOUT | libc::EPOLLWRNORM) as u32;
+/// What the kernel says of TCP's reading end.
+const HIDDEN: u32 = IN | (libc::EPOLLRDHUP | libc::EPOLLHUP | libc::EPOLLPRI | libc::EPOLLRDBAND) as u32;
 /// Reported whether asked for or not.
 const ALWAYS: u32 = (libc::EPOLLERR | libc::EPOLLHUP) as u32;
 pub(super) const ET: u32 = libc::EPOLLET as u32;
@@ -713,7 +715,7 @@ impl Inner {
 
     /// An event of a TCP fd that the kernel knows under our data. False: nothing the program asked for, or
     /// in the result already.
-    fn translate(&mut self, out: Out, n: usize, events: u32, data: u64) -> bool {
+    fn translate(&mut self, out: Out, n: usize, mut events: u32, data: u64) -> bool {
         let result = self.result;
         // A registration that outlives its member (another process holds the socket) has nobody to tell.
         let Some(m) = self.get(data as u32) else { return false };
@@ -725,6 +727,9 @@ impl Inner {
         let mut prod = 0;
         if let Some(e) = m.entry {
             prod = e.sock.activity().0;
+            if e.sock.hides_tcp() {
+                events &= !HIDDEN;
+            }
             let ring = e.sock.look_at(m.fd);
             bits = merge(events, widen(ring.ready), ring.from_kernel & libc::POLLOUT as u32 != 0, m.events);
             if bits == 0 {

@@ -197,7 +197,12 @@ pub struct FirstContact {
     pub max_links: u8,
     /// Features in common (release 1).
     pub features: u16,
+    /// Vendor's options; libsmc's own mark is [`LIBSMC`].
+    pub vendor: [u8; 4],
 }
+
+/// A vendor's options by which libsmc is known to libsmc.
+pub const LIBSMC: [u8; 4] = *b"LSMC";
 
 /// What version 2 adds to Accept and Confirm.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -432,7 +437,8 @@ fn put_endpoint(out: &mut Vec<u8>, e: &Endpoint, confirm: bool) {
         out.put(&first.host);
         out.put(&[first.max_conns, first.max_links]);
         out.put_u16(first.features);
-        out.zeros(12);
+        out.put(&first.vendor);
+        out.zeros(8);
         if confirm {
             out.put(&[v2.gids.len() as u8, 0, 0, 0]);
             v2.gids.iter().for_each(|g| out.put(&g.0));
@@ -607,9 +613,10 @@ fn part_v2(f: &mut Fields<'_>, first: bool, confirm: bool) -> Result<PartV2, Mal
     let host = f.take()?;
     let [max_conns, max_links] = f.take()?;
     let features = f.u16()?;
-    f.skip(12)?;
+    let vendor = f.take()?;
+    f.skip(8)?;
     let (direct, os, release) = (direct & 0x80 != 0, os_release >> 4, os_release & 15);
-    let first = FirstContact { direct, os, release, host, max_conns, max_links, features };
+    let first = FirstContact { direct, os, release, host, max_conns, max_links, features, vendor };
     let gids = if confirm {
         let [count, ..] = f.take::<4>()?;
         few(f, count, |f| Ok(Gid(f.take()?)))?

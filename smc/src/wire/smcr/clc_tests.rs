@@ -122,8 +122,16 @@ fn golden_accept_v1() {
 fn golden_confirm_v2_at_first_contact() {
     let mut host = [0; 32];
     host[..2].copy_from_slice(b"vm");
-    let first =
-        FirstContact { direct: true, os: 2, release: 1, host, max_conns: 16, max_links: 1, features: 0 };
+    let first = FirstContact {
+        direct: true,
+        os: 2,
+        release: 1,
+        host,
+        max_conns: 16,
+        max_links: 1,
+        features: 0,
+        vendor: [0; 4],
+    };
     let gids = Few::of(&[LOCAL.gid]).unwrap();
     let v2 = PartV2 { eid: Eid::user("SMC-VM").unwrap(), first: Some(first), gids };
     golden(
@@ -293,8 +301,8 @@ fn proposal() -> impl Strategy<Value = Proposal> {
 }
 
 fn any_endpoint(confirm: bool) -> impl Strategy<Value = Endpoint> {
-    let first = (any::<(bool, [u8; 32], u8, u8, u16)>(), 0..16u8, 0..16u8).prop_map(
-        |((direct, host, max_conns, max_links, features), os, release)| FirstContact {
+    let first = (any::<(bool, [u8; 32], u8, u8, u16, [u8; 4])>(), 0..16u8, 0..16u8).prop_map(
+        |((direct, host, max_conns, max_links, features, vendor), os, release)| FirstContact {
             direct,
             os,
             release,
@@ -302,6 +310,7 @@ fn any_endpoint(confirm: bool) -> impl Strategy<Value = Endpoint> {
             max_conns,
             max_links,
             features,
+            vendor,
         },
     );
     let gids = few(any::<[u8; 16]>().prop_map(Gid));

@@ -1,0 +1,180 @@
+//! Either end of a connection, for the tests: a program that knows sockets and nothing else.
+//!
+//!     end serve ADDRESS PORT CONNECTIONS WHAT BYTES    prints "listening", and at the end "served"
+//!     end connect FROM ADDRESS PORT CONNECTIONS WHAT BYTES    prints "done"
+//!
+//! WHAT: `up` the client sends and shuts down, the server answers with the count; `down` the server sends and closes;
+//! `both` at once in both directions; `echo` the client sends 64 bytes at a time and gets them back; `first` the server
+//! greets, then as `echo`; `rst` the server closes with bytes unread; `hang` the
+//! server says "hanging" and is killed. Each byte is checked.
+#![allow(clippy::print_stdout, clippy::unwrap_used)]
+
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
+use std::os::fd::FromRawFd;
+use std::thread;
+
+const PIECE: usize = 48_611;
+
+fn byte(at: u64) -> u8 {
+    (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8
+}
+
+fn send(mut s: &TcpStream, bytes: u64) {
+    let mut at = 0;
+    while at < bytes {
+        let n = (bytes - at).min(PIECE as u64);
+        let piece: Vec<u8> = (at..at + n).map(byte).collect();
+        s.write_all(&piece).unwrap();
+        at += n;
+    }
+}
+
+/// Reads `bytes`, or to the end, and checks them; how many there were.
+fn receive(mut s: &TcpStream, bytes: Option<u64>) -> u64 {
+    let (mut at, mut piece) = (0, vec![0; PIECE]);
+    loop {
+        let most = bytes.map_or(PIECE as u64, |b| (b - at).min(PIECE as u64)) as usize;
+        let n = if most == 0 { 0 } else { s.read(&mut piece[..most]).unwrap() };
+        if n == 0 {
+            return at;
+        }
+        let wrong = piece[..n].iter().zip(at..).find(|(b, at)| **b != byte(*at));
+        assert!(wrong.is_none(), "at {:?} of {bytes:?}", wrong.map(|w| w.1));
+        at += n as u64;
+    }
+}
+
+fn echo(mut s: &TcpStream) {
+    let mut piece = [0; PIECE];
+    loop {
+        match s.read(&mut piece).unwrap() {
+            0 => return,
+            n => s.write_all(&piece[..n]).unwrap(),
+        }
+    }
+}
+
+fn ping(mut s: &TcpStream, bytes: u64) {
+    let mut at = 0;
+    while at < bytes {
+        let out: Vec<u8> = (at..at + 64).map(byte).collect();
+        s.write_all(&out).unwrap();
+        let mut back = [0; 64];
+        s.read_exact(&mut back).unwrap();
+        assert_eq!(back[..], out[..]);
+        at += 64;
+    }
+}
+
+fn both(s: &TcpStream, bytes: u64) {
+    thread::scope(|t| {
+        t.spawn(|| {
+            send(s, bytes);
+            s.shutdown(Shutdown::Write).unwrap();
+        });
+        assert_eq!(receive(s, None), bytes);
+    });
+}
+
+fn served(mut s: TcpStream, what: &str, bytes: u64) {
+    match what {
+        "up" => {
+            let n = receive(&s, None);
+            s.write_all(&n.to_be_bytes()).unwrap();
+        }
+        "down" => send(&s, bytes),
+        "both" => both(&s, bytes),
+        "echo" => echo(&s),
+        "first" => {
+            s.write_all(b"hello\n").unwrap();
+            echo(&s);
+        }
+        "rst" => assert_eq!(receive(&s, Some(1000)), 1000),
+        "hang" => {
+            assert_eq!(receive(&s, Some(1000)), 1000);
+            println!("hanging");
+            echo(&s);
+        }
+        what => panic!("{what}?"),
+    }
+}
+
+fn connected(mut s: TcpStream, what: &str, bytes: u64) {
+    match what {
+        "up" => {
+            send(&s, bytes);
+            s.shutdown(Shutdown::Write).unwrap();
+            let mut n = [0; 8];
+            s.read_exact(&mut n).unwrap();
+            assert_eq!(u64::from_be_bytes(n), bytes);
+            assert_eq!(s.read(&mut n).unwrap(), 0);
+        }
+        "down" => assert_eq!(receive(&s, None), bytes),
+        "both" => both(&s, bytes),
+        "echo" => ping(&s, bytes),
+        "first" => {
+            let mut hello = [0; 6];
+            s.read_exact(&mut hello).unwrap();
+            assert_eq!(&hello, b"hello\n");
+            ping(&s, bytes);
+        }
+        "rst" | "hang" => {
+            send(&s, if what == "rst" { 5000 } else { 1000 });
+            let e = s.read(&mut [0]).unwrap_err();
+            assert_eq!(e.kind(), io::ErrorKind::ConnectionReset);
+        }
+        what => panic!("{what}?"),
+    }
+}
+
+/// A connection from that address.
+fn dial(from: Ipv4Addr, to: SocketAddrV4) -> TcpStream {
+    let address = |at: Ipv4Addr, port: u16| libc::sockaddr_in {
+        sin_family: libc::AF_INET as u16,
+        sin_port: port.to_be(),
+        sin_addr: libc::in_addr { s_addr: u32::from(at).to_be() },
+        sin_zero: [0; 8],
+    };
+    // SAFETY: no memory is involved.
+    let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
+    let (own, other) = (address(from, 0), address(*to.ip(), to.port()));
+    let len = size_of_val(&own) as u32;
+    // SAFETY: an address, and its size.
+    assert_eq!(unsafe { libc::bind(fd, (&raw const own).cast(), len) }, 0);
+    // SAFETY: as above.
+    let rc = unsafe { libc::connect(fd, (&raw const other).cast(), len) };
+    assert_eq!(rc, 0, "{}", io::Error::last_os_error());
+    // SAFETY: a socket of ours that nobody else has.
+    unsafe { TcpStream::from_raw_fd(fd) }
+}
+
+fn main() {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    match words[..] {
+        ["serve", at, port, n, what, bytes] => {
+            let at = SocketAddrV4::new(at.parse().unwrap(), port.parse().unwrap());
+            let l = TcpListener::bind(at).unwrap();
+            println!("listening");
+            thread::scope(|t| {
+                for _ in 0..n.parse::<usize>().unwrap() {
+                    let s = l.accept().unwrap().0;
+                    t.spawn(move || served(s, what, bytes.parse().unwrap()));
+                }
+            });
+            println!("served");
+        }
+        ["connect", from, at, port, n, what, bytes] => {
+            let at = SocketAddrV4::new(at.parse().unwrap(), port.parse().unwrap());
+            let from: Ipv4Addr = from.parse().unwrap();
+            thread::scope(|t| {
+                for _ in 0..n.parse::<usize>().unwrap() {
+                    t.spawn(move || connected(dial(from, at), what, bytes.parse().unwrap()));
+                }
+            });
+            println!("done");
+        }
+        _ => panic!("what?"),
+    }
+}

@@ -1,0 +1,156 @@
+//! A connection on its link: between the page, where the program is, and the stream, which goes over the link.
+
+use std::sync::Arc;
+
+use smc::smcr::group::{Ended, Key};
+use smc::smcr::stream::Stream;
+use smc::smcr::{Misbehaved, Ms};
+use smc::wire::smcr::cdc::Cdc;
+
+use super::link::{Event, Link};
+use super::page::Page;
+use super::tcp;
+use crate::memory::Region;
+
+/// Why a connection can't go on: the peer has broken the rules, or the device has failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Broken;
+
+impl From<Misbehaved> for Broken {
+    fn from(_: Misbehaved) -> Self {
+        Self
+    }
+}
+
+/// See the module. The link goes before the memory that it writes from and into.
+#[derive(Debug)]
+pub struct Flow {
+    /// The link.
+    pub link: Link,
+    /// The machine.
+    pub stream: Stream,
+    /// Our alert token.
+    pub token: u32,
+    /// The peer's RMBE.
+    pub peer: Key,
+    /// The ring that the peer writes into.
+    pub rmb: Arc<Region>,
+    /// The ring that is sent from.
+    pub buffer: Arc<Region>,
+    /// The peer is libsmc.
+    pub kin: bool,
+    /// How far the program and the peer know of each other's ends.
+    pub ends: Ends,
+    /// Why the link is gone.
+    pub ended: Option<Ended>,
+}
+
+/// What has been told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ends {
+    /// The program's stream has left the ring.
+    pub shut: bool,
+    /// The program has let go, and the stream knows.
+    pub closing: bool,
+    /// The peer's stream has left the ring, and the program knows.
+    pub left: bool,
+    /// The program was asked to put no more into the ring.
+    pub stopped: bool,
+    /// FIN was sent.
+    pub fin: bool,
+    /// Up to where the program knows of the peer's bytes.
+    pub published: u64,
+    /// Up to where it knows of room.
+    pub freed: u64,
+}
+
+impl Flow {
+    /// A message for this connection, or for one that is gone.
+    pub fn heard(&mut self, m: &Cdc) -> Result<(), Broken> {
+        if m.token == self.token {
+            self.stream.handle_cdc(m)?;
+        }
+        Ok(())
+    }
+
+    /// What the link has: messages, completions, its end. False: nothing.
+    pub fn listen(&mut self, now: Ms) -> Result<bool, Broken> {
+        let mut events = Vec::new();
+        let moved = self.link.progress(now, &mut events).map_err(|_| Broken)?;
+        for e in events {
+            match e {
+                Event::Cdc(m) => self.heard(&m)?,
+                Event::Sent(token, seq) if token == self.token => _ = self.stream.completed(seq),
+                Event::Ended(why) => self.ended = Some(why),
+                Event::Sent(..) | Event::Ready => {}
+            }
+        }
+        Ok(moved)
+    }
+
+    /// What the program has done goes to the peer. False: nothing.
+    pub fn exchange(&mut self, page: &Page, closed: bool, fd: i32) -> Result<bool, Broken> {
+        let was = self.stream.places();
+        if !self.ends.stopped {
+            let r = page.sent(was.written).map_err(|_| Broken)?;
+            // No more than a ring, which is less than 4 GiB.
+            self.stream.wrote(r.bytes as u32);
+            if r.left && !self.ends.shut {
+                self.ends.shut = true;
+                self.stream.shutdown();
+            }
+        }
+        let taken = page.taken(was.produced).map_err(|_| Broken)?;
+        self.stream.took(taken.saturating_sub(was.consumed) as u32);
+        if closed && !self.ends.closing {
+            self.ends.closing = true;
+            if tcp::resets_at_close(fd) { self.stream.abort() } else { self.stream.close() }
+        }
+        let mut moved = self.stream.places() != was;
+        while self.ended.is_none() && self.link.has_room() {
+            let Some(t) = self.stream.poll_transmit() else { break };
+            self.link.transmit(self.token, &t, &self.buffer, self.peer).map_err(|_| Broken)?;
+            moved = true;
+        }
+        Ok(moved)
+    }
+
+    /// What the peer has done goes to the program. True: it may have to be told to look.
+    pub fn tell(&mut self, page: &Page) -> bool {
+        let at = self.stream.places();
+        if at.fin > self.ends.freed {
+            self.ends.freed = at.fin;
+            page.free(at.fin, at.written);
+        }
+        if at.produced > self.ends.published {
+            self.ends.published = at.produced;
+            page.publish(at.produced);
+        }
+        let heard = self.stream.heard();
+        let leaves = !self.ends.left && (heard.done_writing || heard.closed) && !heard.abort;
+        if leaves {
+            self.ends.left = true;
+            page.leave(at.produced);
+        }
+        // What is written after the peer has closed meets its TCP, which says so.
+        let stops = !self.ends.stopped && heard.closed;
+        if stops {
+            self.ends.stopped = true;
+            let _ = page.stop(at.written);
+        }
+        leaves || stops
+    }
+
+    /// Whether all that was said has arrived, as far as it ever will.
+    #[must_use]
+    pub fn has_arrived(&self) -> bool {
+        self.stream.in_flight() == 0 || self.ended.is_some()
+    }
+
+    /// Whether the end of the link is no loss to this connection: the peer had closed, or we have and it knows.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        let said = self.stream.said();
+        self.stream.heard().closed || (said.closed || said.abort) && self.stream.in_flight() == 0
+    }
+}

@@ -1,0 +1,298 @@
+//! The service behind libsmc.so: one thread, which plays the peer's side of every connection to another host.
+//!
+//! | module | what |
+//! | --- | --- |
+//! | [`abi`] | what libsmc.so calls, and is told |
+//! | [`conn`] | one connection: the handshake, its stream, the end |
+//! | [`greeting`] | the handshake |
+//! | [`flow`] | between the page and the link |
+//! | [`link`] | a link group over verbs |
+//! | [`page`] | the peer's side of the page |
+//! | [`tcp`] | the TCP stream beneath |
+//! | [`nic`] | the devices |
+//!
+//! A connection with something to do is *hot* and is looked at in each turn. One that has had nothing to do for a while
+//! is armed, looked at once more, and left to its descriptors: its doorbell, its link's channel, its TCP socket. When
+//! none is hot the thread sleeps in epoll(7).
+//!
+//! State is under one lock, which the thread holds for a turn at a time and whoever brings a connection for a moment.
+//! What is to be told to libsmc.so is told when the lock is free, since libsmc.so has locks of its own.
+
+pub mod abi;
+pub mod conn;
+pub mod flow;
+pub mod greeting;
+pub mod link;
+pub mod nic;
+pub mod page;
+pub mod tcp;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use smc::reason::Reason;
+use smc::smcr::Ms;
+
+use conn::{Conn, Note};
+use greeting::Common;
+use nic::Nic;
+use page::Page;
+
+pub(crate) use abi::close;
+
+/// Turns with nothing to do before a connection is left to its descriptors.
+const IDLE_TURNS: u32 = 4;
+
+/// Whose descriptor it is, in the upper half of epoll's data; the lower half says which.
+mod source {
+    pub const WAKE: u64 = 0;
+    pub const BELL: u64 = 1;
+    pub const TCP: u64 = 2;
+    pub const LINK: u64 = 3;
+    pub const DEVICE: u64 = 4;
+}
+
+/// A connection and how it is looked at.
+#[derive(Debug)]
+struct Served {
+    conn: Conn,
+    hot: bool,
+    idle: u32,
+    /// The link's descriptor is in the set.
+    watched: Option<i32>,
+}
+
+/// What is to be told about a connection.
+#[derive(Clone, Copy, Debug)]
+struct Telling {
+    fd: i32,
+    cookie: u64,
+    note: Note,
+}
+
+#[derive(Debug)]
+struct Core {
+    common: Common,
+    nics: Vec<Nic>,
+    all: HashMap<u32, Served>,
+    hot: Vec<u32>,
+    next: u32,
+    set: i32,
+    start: Instant,
+    telling: Vec<Telling>,
+    /// What kept page and rings of connections that are gone.
+    released: Vec<usize>,
+    ends: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Service {
+    core: Mutex<Core>,
+    /// Something was delivered.
+    delivered: Condvar,
+    set: i32,
+    wake: i32,
+}
+
+impl Service {
+    /// Opens the devices and starts the thread. None: there is no device, or no descriptor.
+    pub fn start(common: Common) -> Option<Arc<Self>> {
+        let nics = nic::all();
+        if nics.is_empty() {
+            return None;
+        }
+        let (set, wake) = abi::descriptors()?;
+        for (i, n) in nics.iter().enumerate() {
+            n.device.fds().into_iter().for_each(abi::own);
+            abi::watch(set, n.device.event_fd(), source::DEVICE << 32 | i as u64);
+        }
+        abi::watch(set, wake, source::WAKE << 32);
+        let core = Core {
+            common,
+            nics,
+            all: HashMap::new(),
+            hot: Vec::new(),
+            next: 0,
+            set,
+            start: Instant::now(),
+            telling: Vec::new(),
+            released: Vec::new(),
+            ends: false,
+        };
+        let service = Arc::new(Self { core: Mutex::new(core), delivered: Condvar::new(), set, wake });
+        abi::spawn(&service).then_some(service)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Core> {
+        // A panic ends the thread; what is left is only given up.
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a connection over; the reason's code if not.
+    pub fn serve(&self, page: Page) -> Result<(), Reason> {
+        let mut core = self.lock();
+        let place = nic::place(&core.nics, page.conn().local).ok_or(Reason::NoRdma)?;
+        let (id, now) = (core.next, core.now());
+        core.next = core.next.wrapping_add(1);
+        let (bell, tcp) = (page.conn().bell, page.conn().tcp);
+        [bell, tcp].into_iter().for_each(abi::own);
+        let conn = Conn::new(page, place, &core.common, now);
+        core.all.insert(id, Served { conn, hot: true, idle: 0, watched: None });
+        core.hot.push(id);
+        abi::watch(core.set, bell, source::BELL << 32 | u64::from(id));
+        abi::watch(core.set, tcp, source::TCP << 32 | u64::from(id));
+        drop(core);
+        abi::wake(self.wake);
+        Ok(())
+    }
+
+    /// The process ends: until what it has sent has arrived.
+    pub fn drain(&self, limit: Duration) {
+        let until = Instant::now() + limit;
+        let mut core = self.lock();
+        core.ends = true;
+        abi::wake(self.wake);
+        loop {
+            core.all.values_mut().for_each(|s| s.conn.process_ends());
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() || core.all.values().all(|s| s.conn.is_delivered()) {
+                core.ends = false;
+                return;
+            }
+            core = self.delivered.wait_timeout(core, left).map_or_else(|e| e.into_inner().0, |r| r.0);
+        }
+    }
+
+    /// The thread.
+    pub(crate) fn run(&self) {
+        loop {
+            let (telling, released, sleep) = {
+                let mut core = self.lock();
+                let sleep = core.turn();
+                if core.ends {
+                    self.delivered.notify_all();
+                }
+                (std::mem::take(&mut core.telling), std::mem::take(&mut core.released), sleep)
+            };
+            for t in telling {
+                abi::tell(t.fd, t.cookie, t.note);
+            }
+            released.into_iter().for_each(abi::release);
+            let mut events = [libc::epoll_event { events: 0, u64: 0 }; 64];
+            let n = abi::wait(self.set, &mut events, sleep);
+            if n > 0 {
+                let mut core = self.lock();
+                for e in events.iter().take(n) {
+                    core.woken(e.u64, self.wake);
+                }
+            }
+        }
+    }
+}
+
+impl Core {
+    fn now(&self) -> Ms {
+        self.start.elapsed().as_millis() as Ms
+    }
+
+    fn heat(&mut self, id: u32) {
+        if let Some(s) = self.all.get_mut(&id) {
+            s.idle = 0;
+            if !std::mem::replace(&mut s.hot, true) {
+                s.conn.page().disarm();
+                self.hot.push(id);
+            }
+        }
+    }
+
+    fn woken(&mut self, data: u64, wake: i32) {
+        let (source, id) = (data >> 32, data as u32);
+        match source {
+            source::WAKE => {
+                abi::slept(wake);
+                self.all.keys().copied().collect::<Vec<_>>().into_iter().for_each(|id| self.heat(id));
+            }
+            source::DEVICE => self.device(id as usize),
+            _ => {
+                if let Some(s) = self.all.get_mut(&id) {
+                    match source {
+                        source::BELL => s.conn.rung(),
+                        source::TCP => s.conn.tcp_has_news(),
+                        _ => {}
+                    }
+                }
+                self.heat(id);
+            }
+        }
+    }
+
+    fn device(&mut self, at: usize) {
+        let now = self.now();
+        while let Some(nic) = self.nics.get(at)
+            && let Ok(Some(what)) = nic.device.event()
+        {
+            let ids: Vec<u32> = self.all.keys().copied().collect();
+            for id in ids {
+                if let Some(s) = self.all.get_mut(&id) {
+                    s.conn.told(what, now);
+                }
+                self.heat(id);
+            }
+        }
+    }
+
+    /// Looks at each hot connection. Milliseconds to sleep; 0: not at all.
+    fn turn(&mut self) -> i32 {
+        let now = self.now();
+        let due = |s: &Served| !s.hot && s.conn.deadline().is_some_and(|d| d <= now);
+        let late: Vec<u32> = self.all.iter().filter(|(_, s)| due(s)).map(|(id, _)| *id).collect();
+        late.into_iter().for_each(|id| self.heat(id));
+        let mut hot = std::mem::take(&mut self.hot);
+        hot.retain(|id| self.attend(*id, now));
+        hot.append(&mut self.hot);
+        self.hot = hot;
+        if !self.hot.is_empty() {
+            return 0;
+        }
+        let first = self.all.values().filter_map(|s| s.conn.deadline()).min();
+        first.map_or(-1, |d| d.saturating_sub(now).clamp(1, 60_000) as i32)
+    }
+
+    /// One connection; whether it stays hot.
+    fn attend(&mut self, id: u32, now: Ms) -> bool {
+        let Some(s) = self.all.get_mut(&id) else { return false };
+        let moved = s.conn.work(&self.common, now);
+        let link = s.conn.link_fd();
+        if link != s.watched {
+            // What was watched is closed, and with that out of the set.
+            s.watched = link;
+            if let Some(fd) = link {
+                abi::own(fd);
+                abi::watch(self.set, fd, source::LINK << 32 | u64::from(id));
+            }
+        }
+        let (fd, cookie) = (s.conn.page().conn().fd, s.conn.page().conn().cookie);
+        let notes = s.conn.take_notes();
+        self.telling.extend(notes.into_iter().map(|note| Telling { fd, cookie, note }));
+        if s.conn.is_over() {
+            if let Some(s) = self.all.remove(&id) {
+                self.released.push(s.conn.page().conn().hold);
+            }
+            return false;
+        }
+        s.idle = if moved { 0 } else { s.idle + 1 };
+        if s.idle < IDLE_TURNS {
+            return true;
+        }
+        s.conn.arm();
+        // What came before the arming rings no bell.
+        let again = s.conn.work(&self.common, now);
+        let notes = s.conn.take_notes();
+        self.telling.extend(notes.into_iter().map(|note| Telling { fd, cookie, note }));
+        s.idle = 0;
+        s.hot = again;
+        again
+    }
+}

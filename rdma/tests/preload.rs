@@ -1,0 +1,247 @@
+//! Unmodified programs under libsmc.so, one on each end of a link: what they move goes by RDMA, and what can't by TCP.
+//!
+//! Both ends are on one host, in one network namespace; `SMC_TEST_REMOTE` makes them each other's other host.
+//! `SMC_LIBRARY` is libsmc.so; without it the one of the release build beside this workspace.
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddrV4, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::thread;
+
+/// The two addresses.
+fn ends() -> [String; 2] {
+    let told = std::env::var("SMC_TEST_RDMA").expect("SMC_TEST_RDMA: run this by `cargo xtask vm`");
+    let words: Vec<_> = told.split_whitespace().map(str::to_string).collect();
+    [words[1].clone(), words[3].clone()]
+}
+
+/// Where libsmc.so and libsmc-rdma.so lie side by side, as they are installed.
+fn library() -> &'static Path {
+    static AT: OnceLock<PathBuf> = OnceLock::new();
+    AT.get_or_init(|| {
+        let folder = std::env::temp_dir().join(format!("smc-preload-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/release/libsmc.so");
+        let shim = std::env::var_os("SMC_LIBRARY").map_or(built, PathBuf::from);
+        let own = std::env::current_exe().unwrap();
+        let service = own.ancestors().nth(2).unwrap().join("libsmc_rdma.so");
+        std::fs::copy(shim, folder.join("libsmc.so")).unwrap();
+        std::fs::copy(service, folder.join("libsmc-rdma.so")).unwrap();
+        folder
+    })
+}
+
+fn program() -> PathBuf {
+    std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("examples/end")
+}
+
+fn port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(6100);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// A program, under the library unless it is to be plain.
+struct End {
+    child: Child,
+    out: BufReader<std::process::ChildStdout>,
+    stats: PathBuf,
+}
+
+/// What SMC_STATS has of a program.
+#[derive(Debug, PartialEq, Eq)]
+struct Moved {
+    rdma: u64,
+    tcp: u64,
+    rdma_tx: u64,
+    rdma_rx: u64,
+}
+
+impl End {
+    fn start(words: &[&str], plain: bool, settings: &[(&str, &str)]) -> Self {
+        static NEXT: AtomicU16 = AtomicU16::new(0);
+        let stats = library().join(format!("stats-{}", NEXT.fetch_add(1, Ordering::Relaxed)));
+        let mut c = Command::new(program());
+        c.args(words).stdout(Stdio::piped());
+        if !plain {
+            c.env("LD_PRELOAD", library().join("libsmc.so")).env("SMC_STATS", &stats);
+            c.env("SMC_PEERS", "10.77.0.0/24").env("SMC_TEST_REMOTE", "1");
+            c.envs(settings.iter().copied());
+        }
+        let mut child = c.spawn().unwrap();
+        let out = BufReader::new(child.stdout.take().unwrap());
+        Self { child, out, stats }
+    }
+
+    fn says(&mut self, want: &str) {
+        let mut line = String::new();
+        self.out.read_line(&mut line).unwrap();
+        assert_eq!(line.trim(), want);
+    }
+
+    /// Ends well; what it has moved.
+    fn ends(mut self, last: &str) -> Moved {
+        self.says(last);
+        assert!(self.child.wait().unwrap().success());
+        let json = std::fs::read_to_string(&self.stats).unwrap_or_default();
+        let number = |name: &str| {
+            let at = json.find(&format!("\"{name}\":")).map(|at| at + name.len() + 3);
+            let digits = at.map(|at| json[at..].chars().take_while(char::is_ascii_digit).collect::<String>());
+            digits.and_then(|d| d.parse().ok()).unwrap_or(0)
+        };
+        let [rdma, tcp, rdma_tx, rdma_rx] = ["rdma", "tcp", "rdma_tx", "rdma_rx"].map(number);
+        Moved { rdma, tcp, rdma_tx, rdma_rx }
+    }
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A server and a client; what each has moved.
+fn pair(n: u64, what: &str, bytes: u64, settings: &[(&str, &str)]) -> (Moved, Moved) {
+    let ([a, b], port) = (ends(), port().to_string());
+    let (n, bytes) = (n.to_string(), bytes.to_string());
+    let mut server = End::start(&["serve", &b, &port, &n, what, &bytes], false, settings);
+    server.says("listening");
+    let client = End::start(&["connect", &a, &b, &port, &n, what, &bytes], false, settings);
+    let client = client.ends("done");
+    (server.ends("served"), client)
+}
+
+/// As [`pair`], and all of it went by RDMA: so much each way.
+fn by_rdma(n: u64, what: &str, bytes: u64, [up, down]: [u64; 2]) {
+    let (server, client) = pair(n, what, bytes, &[]);
+    assert_eq!(client, Moved { rdma: n, tcp: 0, rdma_tx: up, rdma_rx: down });
+    assert_eq!(server, Moved { rdma: n, tcp: 0, rdma_tx: down, rdma_rx: up });
+}
+
+#[test]
+#[ignore = "needs SMC_TEST_RDMA"]
+fn a_stream_to_the_server_and_its_half_close() {
+    by_rdma(1, "up", 3_000_000, [3_000_000, 8]);
+}
+
+#[test]
+#[ignore = "needs SMC_TEST_RDMA"]
+fn a_stream_to_the_client_until_the_server_closes() {
+    by_rdma(1, "down", 3_000_000, [0, 3_000_000]);
+}
+
+#[test]
+#[ignore = "needs SMC_TEST_RDMA"]
+fn both_directions_at_once() {
+    by_rdma(1, "both", 2_000_000, [2_000_000, 2_000_000]);
+}
+
+#[test]
+#[ignore = "needs SMC_TEST_RDMA"]
+fn the_server_speaks_first() {
+    by_rdma(1, "first", 6_400, [6_400, 6_406]);
+}
+
+#[test]
+#[ignore = "needs SMC_TEST_RDMA"]
+fn connections_at_once() {
+    by_rdma(6, "echo", 6_400, [38_400, 38_400]);
+}
+
+#[test]
+#[ignore = "needs SMC_TEST_RDMA"]
+fn a_close_with_bytes_unread_is_a_reset() {
+    let (server, client) = pair(1, "rst", 0, &[]);
+    assert_eq!((server.rdma, client.rdma), (1, 1));
+    assert_eq!(client.rdma_tx, 5_000);
+}
+
+/// Who has no EID in common stays on TCP, and loses nothing.
+#[test]
+#[ignore = "needs SMC_TEST_RDMA"]
+fn a_decline_leads_back_to_tcp() {
+    let ([a, b], port) = (ends(), port().to_string());
+    for (what, bytes) in [("up", "640000"), ("first", "6400")] {
+        let mut server = End::start(&["serve", &b, &port, "1", what, bytes], false, &[("SMC_EID", "OTHER")]);
+        server.says("listening");
+        let client = End::start(&["connect", &a, &b, &port, "1", what, bytes], false, &[]);
+        assert_eq!(client.ends("done"), Moved { rdma: 0, tcp: 1, rdma_tx: 0, rdma_rx: 0 });
+        assert_eq!(server.ends("served"), Moved { rdma: 0, tcp: 1, rdma_tx: 0, rdma_rx: 0 });
+    }
+}
+
+/// A client that is listed and does not speak SMC: its first bytes are its program's.
+#[test]
+#[ignore = "needs SMC_TEST_RDMA"]
+fn a_plain_client_of_a_server_that_expects_smc() {
+    let ([a, b], port) = (ends(), port().to_string());
+    let mut server = End::start(&["serve", &b, &port, "1", "up", "640000"], false, &[]);
+    server.says("listening");
+    End::start(&["connect", &a, &b, &port, "1", "up", "640000"], true, &[]).ends("done");
+    assert_eq!(server.ends("served"), Moved { rdma: 0, tcp: 1, rdma_tx: 0, rdma_rx: 0 });
+}
+
+/// The same where the server speaks first: it waits for a Proposal, and then goes on by TCP.
+#[test]
+#[ignore = "needs SMC_TEST_RDMA"]
+fn a_plain_client_that_waits_for_the_server() {
+    let ([a, b], port) = (ends(), port().to_string());
+    let mut server = End::start(&["serve", &b, &port, "1", "first", "6400"], false, &[]);
+    server.says("listening");
+    End::start(&["connect", &a, &b, &port, "1", "first", "6400"], true, &[]).ends("done");
+    assert_eq!(server.ends("served"), Moved { rdma: 0, tcp: 1, rdma_tx: 0, rdma_rx: 0 });
+}
+
+/// A server that accepts late: the client's bytes have waited, then gone by TCP behind a Decline; the server finds the
+/// Proposal, answers, is declined, and reads what follows. The Accept that comes late is not the client's program's.
+#[test]
+#[ignore = "needs SMC_TEST_RDMA"]
+fn an_accept_that_comes_too_late() {
+    let ([a, b], port) = (ends(), port());
+    let l = TcpListener::bind(SocketAddrV4::new(b.parse().unwrap(), port)).unwrap();
+    let server = thread::spawn(move || {
+        let mut s = l.accept().unwrap().0;
+        let mut proposal = [0; 8];
+        s.read_exact(&mut proposal).unwrap();
+        let len = usize::from(u16::from_be_bytes([proposal[5], proposal[6]]));
+        s.read_exact(&mut vec![0; len - 8]).unwrap();
+        // A Decline of 28 bytes, when it has waited for long enough.
+        let mut decline = [0; 28];
+        s.read_exact(&mut decline).unwrap();
+        assert_eq!(decline[4], 4);
+        // As one that was on its way: the answer to the Proposal.
+        s.write_all(&decline).unwrap();
+        echo(s);
+    });
+    let client =
+        End::start(&["connect", &a, &b, &port.to_string(), "1", "echo", "6400"], false, &[]).ends("done");
+    assert_eq!(client, Moved { rdma: 0, tcp: 1, rdma_tx: 0, rdma_rx: 0 });
+    server.join().unwrap();
+}
+
+fn echo(mut s: TcpStream) {
+    let mut bytes = [0; 4096];
+    loop {
+        match s.read(&mut bytes).unwrap() {
+            0 => return,
+            n => s.write_all(&bytes[..n]).unwrap(),
+        }
+    }
+}
+
+/// A program that is killed has not said that its stream ends: nobody takes what has come for all of it.
+#[test]
+#[ignore = "needs SMC_TEST_RDMA"]
+fn a_killed_peer_is_a_reset() {
+    let ([a, b], port) = (ends(), port().to_string());
+    let mut server = End::start(&["serve", &b, &port, "1", "hang", "0"], false, &[]);
+    server.says("listening");
+    let client = End::start(&["connect", &a, &b, &port, "1", "hang", "0"], false, &[]);
+    server.says("hanging");
+    server.child.kill().unwrap();
+    client.ends("done");
+}

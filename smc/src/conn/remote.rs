@@ -1,0 +1,388 @@
+//! A connection to another host: the service (`crate::remote`) plays the peer's side of the page.
+//!
+//! The connection enters the ring at the program's first call that could move or wait for bytes, before any of them, and
+//! in the process that makes that call. From then on all is as on one host: the peer is another thread. Whether it can
+//! keep the bytes off TCP the service finds out meanwhile, by the CLC handshake on the TCP stream; if not it asks the
+//! stream back to TCP, as any peer may, and what was written goes there, in order.
+//!
+//! ```text
+//! remote   NO ── first call, peer listed ──> SERVED ── service lets go: TCP ──> WAS
+//! ```
+//!
+//! What differs while SERVED, for TCP's stream is the handshake's and not the program's:
+//!
+//! - What the kernel says of TCP's reading end counts only when the stream has left the ring.
+//! - The service has a descriptor of the socket: FIN and RST follow the last byte by RDMA. A shutdown of the sending
+//!   direction is said to the kernel by the service, and a close is the service's.
+//! - There is no way back for an option or a descriptor that is passed on: see `Socket::cannot_leave`.
+#![allow(unsafe_code)]
+
+use super::{Mapped, Socket, phase};
+use crate::arena::{Slot, remote, reset, rx_mode, tx_mode};
+use crate::config::config;
+use crate::fd::Fd;
+use crate::handshake::Side;
+use crate::handshake::local::{self, Established};
+use crate::lgr::{self, Asked, ConnBuffers};
+use crate::lock;
+use crate::mem::rmb::{Buffers, Grant, Refused, ring_size};
+use crate::once::Once;
+use crate::reason::Reason;
+use crate::remote::{Conn, says};
+use crate::sync::{Ordering::*, fence};
+use crate::sys;
+
+/// Values of [`Socket::wanted`].
+const WANTED: u32 = 1;
+/// Why a connection does not enter the ring for a peer on another host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum No {
+    /// Its peer is not a listed one elsewhere.
+    Concern,
+    /// It might, but for this.
+    Because(Reason),
+}
+
+impl From<Reason> for No {
+    fn from(why: Reason) -> Self {
+        Self::Because(why)
+    }
+}
+
+/// Looks for memory that another thread is about to make.
+const MOST_TURNS: u32 = 10_000;
+
+/// Hands a connection to the service, or says why not.
+pub type Serve = fn(&Conn) -> Result<(), Reason>;
+
+static SERVE: Once<Serve> = Once::new();
+
+/// Names the function that hands a connection to the service. The first call counts.
+pub fn serve_with(f: Serve) {
+    let _ = SERVE.set(f);
+}
+
+/// What the service keeps of a connection: its memory, and which side of the page it plays.
+struct Held {
+    buffers: Buffers,
+    side: Side,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.buffers.detach(self.side as usize);
+    }
+}
+
+/// The service is done with what it was given as `hold`.
+///
+/// # Safety
+/// `hold` is [`Conn::hold`] of a connection that was taken over, and this is said once.
+pub unsafe fn release(hold: usize) {
+    // SAFETY: made by `hand_to_service` from a Box, and given back once, as the caller vouches.
+    drop(unsafe { Box::from_raw(hold as *mut Held) });
+}
+
+impl Slot {
+    /// Whether the service plays the peer's side.
+    #[inline]
+    pub(super) fn is_served(&self) -> bool {
+        self.remote.load(Relaxed) == remote::SERVED
+    }
+}
+
+impl Socket {
+    /// A new connection: its peer may be on another host.
+    pub(super) fn expect_peer(&self) {
+        self.wanted.store((!config().peers.is_empty()).into(), Relaxed);
+    }
+
+    /// Before a call that moves bytes or waits for them: if the peer is a listed one on another host, the connection
+    /// enters the ring.
+    #[inline]
+    pub fn meet(&self, fd: i32) {
+        if self.wanted.load(Relaxed) == WANTED {
+            self.meet_peer(fd);
+        }
+    }
+
+    #[cold]
+    fn meet_peer(&self, fd: i32) {
+        let Some(s) = self.slot() else { return };
+        // Whoever comes second waits: no byte goes by TCP while it is not known whether any may.
+        let _h = lock::lock(&self.handshake_lock);
+        if self.wanted.load(Relaxed) != WANTED || self.phase.load(Relaxed) != phase::COUNTING {
+            return;
+        }
+        let _t = lock::lock(&s.tx.lock);
+        let _r = lock::lock(&s.rx.lock);
+        match self.begin(fd, s) {
+            // There is no peer yet, or another process holds the socket as well.
+            Err(No::Because(Reason::TooShort | Reason::ForkShared)) => {}
+            Ok(()) | Err(No::Concern) => self.wanted.store(0, Relaxed),
+            Err(No::Because(why)) => {
+                self.wanted.store(0, Relaxed);
+                s.reason.store(why.code(), Relaxed);
+                crate::report::log_fallback(s, why);
+            }
+        }
+    }
+
+    /// Under the handshake's lock and both directions'.
+    fn begin(&self, fd: i32, s: &Slot) -> Result<(), No> {
+        let (Some((family, local, lport)), Some((_, peer, pport))) =
+            (sys::sockaddr(fd, false), sys::sockaddr(fd, true))
+        else {
+            return Err(No::Because(Reason::TooShort));
+        };
+        let ends = [(super::wide(family, local), lport), (super::wide(family, peer), pport)];
+        if !config().is_peer(ends[1].0) || !config().test_remote && !local::is_elsewhere(fd) {
+            return Err(No::Concern);
+        }
+        self.may_begin(fd, s, &ends)?;
+        self.identify(fd, s)?;
+        self.close_gates(s)?;
+        let served = match self.untouched(fd, s) {
+            true => self.hand_to_service(fd, s, [ends[0].0, ends[1].0]),
+            false => Err(Reason::CountMismatch),
+        };
+        let to = |ring, tcp| if served.is_ok() { ring } else { tcp };
+        s.tx.mode.store(to(tx_mode::RING, tx_mode::TCP), Release);
+        s.rx.mode.store(to(rx_mode::RING, rx_mode::TCP), Release);
+        Ok(served?)
+    }
+
+    /// Whether anything but the peer is against it.
+    fn may_begin(&self, fd: i32, s: &Slot, ends: &[(u128, u16); 2]) -> Result<(), Reason> {
+        if !config().allows(crate::report::program(), ends) {
+            return Err(Reason::Excluded);
+        }
+        if s.holders.load(Acquire) != 1 && !self.bury_dead(s) {
+            return Err(Reason::ForkShared);
+        }
+        if !sys::is_tcp(fd) {
+            return Err(Reason::Ulp);
+        }
+        if s.barred.load(Relaxed) != 0 || super::wants_ancillary(fd) {
+            return Err(Reason::SocketOption);
+        }
+        if crate::internal_fds::is_tight() { Err(Reason::NoFds) } else { Ok(()) }
+    }
+
+    /// No call is inside the kernel for either direction, and none goes there.
+    fn close_gates(&self, s: &Slot) -> Result<(), Reason> {
+        s.tx.mode.store(tx_mode::GATE, Relaxed);
+        s.rx.mode.store(rx_mode::GATE, Relaxed);
+        // ORDERING [gate] fence; pairs with the fences in `send_tcp` and `recv_tcp`.
+        fence(SeqCst);
+        if !s.all_inside(|n| n.tx.load(Acquire)) && !s.all_inside(|n| n.rx.load(Acquire)) {
+            return Ok(());
+        }
+        s.tx.mode.store(tx_mode::TCP, Release);
+        s.rx.mode.store(rx_mode::TCP, Release);
+        Err(Reason::TooShort)
+    }
+
+    /// Whether no byte has moved yet.
+    fn untouched(&self, fd: i32, s: &Slot) -> bool {
+        s.tx.tcp.load(Relaxed) == 0
+            && s.rx.tcp.load(Relaxed) == 0
+            && self.tx_counts_agree(fd, s) == Some(true)
+            && self.rx_counts_agree(fd, s) == Some(true)
+    }
+
+    fn hand_to_service(&self, fd: i32, s: &Slot, [local, peer]: [u128; 2]) -> Result<(), Reason> {
+        let serve = SERVE.get().ok_or(Reason::NoRdma)?;
+        let side = if s.role.load(Relaxed) == 0 { Side::Connect } else { Side::Accept };
+        let (Grant { buffers, ticket, .. }, member) = memory()?;
+        // Whatever fails from here on: both sides let go, and the memory is free again.
+        let held = Box::new(Held { buffers: buffers.clone(), side: side.peer() });
+        let ends = ConnBuffers::new(side, buffers.clone(), Some(ticket), member);
+        let (bell, theirs) = doorbell()?;
+        let tcp = match sys::dup_high(fd) {
+            n if n < 0 => return Err(Reason::NoFds),
+            n => Fd::from_raw(n),
+        };
+        let hold = Box::into_raw(held);
+        let conn = Conn {
+            tcp: tcp.raw(),
+            bell: theirs.raw(),
+            fd,
+            side: side as u32,
+            cookie: s.cookie.load(Relaxed),
+            page: buffers.page(),
+            tx: buffers.ring(side as usize).0,
+            rx: buffers.ring(side as usize ^ 1).0,
+            ring: buffers.ring(0).1,
+            hold: hold as usize,
+            local: local.to_be_bytes(),
+            peer: peer.to_be_bytes(),
+        };
+        let est = Established { side, bell, buffers: ends, peer_pid: 0, peer_uid: 0 };
+        // Before the service has it: it may say at once what has become of it.
+        s.remote.store(remote::SERVED, Release);
+        if let Err(why) = serve(&conn) {
+            s.remote.store(remote::NO, Relaxed);
+            // SAFETY: made above, and not taken over.
+            unsafe { release(hold as usize) };
+            return Err(why);
+        }
+        // They are the service's now.
+        std::mem::forget((tcp, theirs));
+        self.adopt(fd, s, Box::new(est));
+        s.reason.store(Reason::PeerNoSmc.code(), Relaxed);
+        Ok(())
+    }
+
+    /// The service says what has become of the connection, see [`says`].
+    pub fn service_says(&self, fd: i32, what: u32, value: u32) {
+        let Some(s) = self.slot() else { return };
+        match what {
+            says::RDMA => {
+                s.reason.store(0, Relaxed);
+                s.best.store(2, Relaxed);
+                s.upgrades.fetch_add(1, Relaxed);
+            }
+            says::TCP => {
+                if let Ok(why) = Reason::try_from(value) {
+                    s.reason.store(value, Relaxed);
+                    crate::report::log_fallback(s, why);
+                }
+                let _g = lock::lock(&s.tx.lock);
+                s.remote.store(remote::WAS, Release);
+                self.shut_now(fd, s);
+            }
+            _ => self.was_reset(s, value),
+        }
+        self.set_changed();
+    }
+
+    /// As a reset by TCP: what is here is read, then the error is told, once.
+    fn was_reset(&self, s: &Slot, errno: u32) {
+        let told = |w: u32| (!reset::is_errno(w) && w != reset::TOLD).then_some(errno);
+        let _ = s.reset.fetch_update(Relaxed, Relaxed, told);
+        let _g = lock::lock(&s.tx.lock);
+        s.remote.store(remote::WAS, Release);
+        if s.tx.mode.load(Relaxed) != tx_mode::DONE {
+            s.tx.mode.store(tx_mode::DONE, Release);
+        }
+    }
+
+    /// Something asks for TCP, which the peer would not read: the connection ends as a reset, rather than that bytes go
+    /// astray, or go by the ring what the kernel was to encrypt. A program that inherits a descriptor mostly does nothing
+    /// with it, a stalled writer waits, and of a set that a fork shares the worst is an event too many.
+    #[cold]
+    pub(super) fn cannot_leave(&self, fd: i32, s: &Slot, why: Reason) {
+        if matches!(why, Reason::Exec | Reason::Stalled | Reason::ForkShared) {
+            return;
+        }
+        self.was_reset(s, libc::ECONNRESET as u32);
+        {
+            let _g = lock::lock(&s.rx.lock);
+            s.rx.mode.store(rx_mode::DONE, Release);
+        }
+        s.reason.store(why.code(), Relaxed);
+        self.set_changed();
+        // The service hears of it by the socket.
+        sys::disconnect(fd);
+        crate::report::log_fallback(s, why);
+    }
+
+    /// The service has changed the page: does what it asks for, and leaves the ring where the stream has.
+    pub fn attend(&self, fd: i32) {
+        let (Some(s), Some(m)) = (self.slot(), self.mapped()) else { return };
+        self.progress(fd);
+        self.leave_empty(fd, s, &m);
+    }
+
+    /// The stream that has left the ring goes on in TCP at once, though nobody reads: what the kernel says counts again.
+    fn leave_empty(&self, fd: i32, s: &Slot, m: &Mapped<'_>) {
+        let g = lock::lock(&s.rx.lock);
+        if s.rx.mode.load(Relaxed) == rx_mode::RING && self.look(s, m).is_ok_and(|r| r.left && r.bytes == 0) {
+            self.out_of_ring(s, m, fd, g);
+        }
+    }
+
+    /// Whether the kernel's word on TCP's reading end does not count: TCP is the service's.
+    #[inline]
+    pub fn hides_tcp(&self) -> bool {
+        self.slot().is_some_and(|s| s.is_served() && s.rx.mode.load(Acquire) == rx_mode::RING)
+    }
+
+    /// The program shuts its sending direction. True: the service tells the kernel, when all has gone.
+    pub fn shuts_later(&self) -> bool {
+        let Some(s) = self.slot() else { return false };
+        if s.remote.load(Relaxed) == remote::NO {
+            return false;
+        }
+        let _g = lock::lock(&s.tx.lock);
+        let later = s.is_served() || s.tx.mode.load(Relaxed) == tx_mode::FLUSH;
+        if later {
+            s.shut_later.store(1, Relaxed);
+        }
+        later
+    }
+
+    /// Under the tx lock: what [`Self::shuts_later`] has put off, if nothing goes before it any more.
+    pub(super) fn shut_now(&self, fd: i32, s: &Slot) {
+        let gone = matches!(s.tx.mode.load(Relaxed), tx_mode::DONE);
+        if gone && s.shut_later.swap(0, Relaxed) != 0 {
+            sys::shutdown(fd, libc::SHUT_WR);
+        }
+    }
+
+    /// Whether the program has shut the direction and the kernel does not know yet: a send is EPIPE.
+    #[inline]
+    pub(super) fn is_shut(&self, s: &Slot) -> bool {
+        s.shut_later.load(Relaxed) != 0
+    }
+
+    /// As the kernel does with a send to a direction that is shut: EPIPE, and the signal unless `flags` say no.
+    #[cold]
+    pub(super) fn broken_pipe(&self, flags: i32) -> isize {
+        if flags & libc::MSG_NOSIGNAL == 0 {
+            sys::raise(libc::SIGPIPE);
+        }
+        -(libc::EPIPE as isize)
+    }
+}
+
+/// The link group of this process with its own service.
+fn own_memory() -> Result<lgr::Member, Reason> {
+    // Not the one that a connection of this process with itself has, whose memory is handed on.
+    let instance = lgr::instance() ^ 1 << 63;
+    for _ in 0..MOST_TURNS {
+        match lgr::owned(sys::getpid(), sys::uid(), instance) {
+            Asked::Group(member) => return Ok(member),
+            Asked::Busy => sys::yield_cpu(),
+        }
+    }
+    Err(Reason::NoMemory)
+}
+
+/// Page and rings, zeroed.
+fn memory() -> Result<(Grant, lgr::Member), Reason> {
+    let c = config();
+    for _ in 0..MOST_TURNS {
+        let member = own_memory()?;
+        let rmb = member.group().rmb().ok_or(Reason::Internal)?;
+        // Nobody asks for the memfd.
+        match rmb.allocate(ring_size(c.rmb_size), u64::MAX, c.mem_limit, sys::fd_base()) {
+            Ok(grant) => return Ok((grant, member)),
+            Err(Refused::Busy) => sys::yield_cpu(),
+            Err(Refused::Exhausted) => member.group().retire(),
+            Err(Refused::Limit | Refused::Sys(libc::ENOMEM)) => return Err(Reason::NoMemory),
+            Err(Refused::Sys(_)) => return Err(Reason::NoFds),
+        }
+    }
+    Err(Reason::NoMemory)
+}
+
+/// Both ends of a doorbell, numbered high.
+fn doorbell() -> Result<(Fd, Fd), Reason> {
+    let (a, b) = sys::socketpair().map_err(|_| Reason::NoFds)?;
+    let [a, b] = [a, b].map(Fd::from_raw);
+    let base = sys::fd_base();
+    let high = |fd: Fd| fd.raise(base).map_err(|_| Reason::NoFds);
+    Ok((high(a)?, high(b)?))
+}
