@@ -30,6 +30,9 @@ enum Answer {
 
 use Answer::{Bad, Good, Note};
 
+/// Memory that may be locked and does for some connections: each takes two rings, and buffers for messages.
+const LEAST_LOCKED: u64 = 16 << 20;
+
 /// Asks everything; fails if something needed is missing.
 pub fn run() -> ExitCode {
     type Question = (&'static str, fn() -> Answer);
@@ -214,9 +217,51 @@ fn upgrade() -> Answer {
     }
 }
 
+/// Whether connections to other hosts can go by RDMA; if not, the first thing that is missing.
 fn rdma() -> Answer {
-    let devices = fs::read_dir("/sys/class/infiniband").map_or(0, Iterator::count);
-    Note(format!("not built into this version ({devices} devices here); other hosts are reached by TCP"))
+    match rdma_wanting() {
+        Ok(devices) => Good(format!("{devices}: connections to hosts in SMC_PEERS go by RDMA")),
+        Err(why) => Note(format!("other hosts are reached by TCP: {why}")),
+    }
+}
+
+/// The devices' names.
+fn rdma_wanting() -> Result<String, String> {
+    let shim = library::find(None)?;
+    let names = ["libsmc-rdma.so", "libsmc_rdma.so"];
+    let service = names.iter().map(|n| shim.with_file_name(n)).find(|p| p.exists());
+    let service = service.ok_or("libsmc-rdma.so is not beside libsmc.so; it is built in rdma/")?;
+    let ran = Command::new(OsStr::new("true")).env("LD_PRELOAD", &service).stdin(Stdio::null()).output();
+    if let Ok(o) = ran
+        && !o.stderr.is_empty()
+    {
+        let said = String::from_utf8_lossy(&o.stderr).lines().next().unwrap_or_default().to_owned();
+        return Err(format!("{said} (rdma-core is in the packages libibverbs1 and ibverbs-providers)"));
+    }
+    let listed = |folder: &str, of: &str| -> Vec<String> {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        let names = entries.filter_map(|e| e.file_name().into_string().ok());
+        names.filter(|n| n.starts_with(of)).collect()
+    };
+    let devices = listed("/sys/class/infiniband", "");
+    if devices.is_empty() {
+        return Err(
+            "no RDMA device; for Soft-RoCE: modprobe rdma_rxe; rdma link add rxe0 type rxe netdev …".into()
+        );
+    }
+    let verbs = listed("/dev/infiniband", "uverbs");
+    let opens =
+        |n: &String| fs::File::options().read(true).write(true).open(format!("/dev/infiniband/{n}")).is_ok();
+    if !verbs.iter().any(opens) {
+        return Err(
+            "no /dev/infiniband/uverbs* can be opened: load the module ib_uverbs, or mind its rights".into(),
+        );
+    }
+    let locked = rustix::process::getrlimit(Resource::Memlock).current;
+    if locked.is_some_and(|n| n < LEAST_LOCKED) && !rustix::process::geteuid().is_root() {
+        return Err("hardly any memory may be locked; raise the limit (ulimit -l, LimitMEMLOCK=)".into());
+    }
+    Ok(devices.join(" "))
 }
 
 #[cfg(test)]
