@@ -188,7 +188,7 @@ impl Reserved<'_> {
         let mut owed = sock.produced(s, &m);
         if owed.stop {
             owed.ring |= sock.leave_ring(fd, s, &m);
-            s.downgrades.fetch_add(1, Relaxed);
+            sock.count_downgrade(s);
         }
         let check = super::tx::looks_after(s);
         drop(guard);

@@ -631,7 +631,6 @@ impl Talk {
     }
 }
 
-/// Whether the peer can be in our network namespace.
 /// Whether the other end of the TCP connection is known not to be on this host.
 pub(crate) fn is_elsewhere(tcp_fd: i32) -> bool {
     match (unix::local_addr(tcp_fd), unix::peer_addr(tcp_fd)) {
@@ -640,6 +639,7 @@ pub(crate) fn is_elsewhere(tcp_fd: i32) -> bool {
     }
 }
 
+/// Whether the peer can be in our network namespace.
 fn candidate(local: SocketAddr, peer: SocketAddr) -> Result<(), Reason> {
     if local == peer {
         return Err(Reason::ConnectionToSelf);
