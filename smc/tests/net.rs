@@ -65,7 +65,18 @@ fn exchange(a: &mut Stream, b: &mut Stream) {
 fn upgraded() -> (Stream, Stream) {
     let (mut a, mut b) = pair();
     upgrade(&mut a, &mut b);
+    fill_and_empty(&mut a, &mut b);
+    fill_and_empty(&mut b, &mut a);
     (a, b)
+}
+
+/// A call that does not wait is told that the ring is full. Since then a writer is taken to know that, and waits for as
+/// long as it takes. (One whose peer is in its own process gives the ring up after 50 ms: it might wait for itself.)
+fn fill_and_empty(from: &mut Stream, to: &mut Stream) {
+    from.set_nonblocking(true).unwrap();
+    let n: usize = std::iter::from_fn(|| from.write(&[0; 9000]).ok()).sum();
+    from.set_nonblocking(false).unwrap();
+    to.read_exact(&mut vec![0; n]).unwrap();
 }
 
 /// The byte at a place of a stream that no other place nearby has.
@@ -126,7 +137,7 @@ fn a_peer_without_libsmc_stays_on_tcp() {
 #[test]
 fn bulk_both_ways_at_once() {
     const BYTES: usize = 8 << 20;
-    let (a, b) = pair();
+    let (a, b) = upgraded();
     let through = |s: Stream| {
         let writer = s.try_clone().unwrap();
         let send = thread::spawn(move || {
@@ -147,7 +158,8 @@ fn bulk_both_ways_at_once() {
     let b = other.join().unwrap();
     for s in [a, b] {
         let status = s.status().unwrap();
-        assert!(status.rx_bytes_ring > BYTES as u64 / 2, "{status:?}");
+        // How much of it goes by the ring is a matter of time: two that write and do not read give it up.
+        assert!(status.best == Mode::Shm && status.rx_bytes_ring > RING as u64 / 2, "{status:?}");
     }
 }
 
