@@ -331,13 +331,43 @@ impl Flow {
             Role::Ask(a) => self.ask(b, a),
             Role::Answer { half, done } => self.answer(b, half, done),
         };
+        self.judged(next, &b.run)
+    }
+
+    /// What an error means here.
+    #[inline]
+    fn judged(&self, next: io::Result<Next>, run: &Run) -> io::Result<Next> {
         match next {
             Err(e) if e.kind() == ErrorKind::Interrupted => Ok(self.needs()),
             Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(self.needs()),
             // A plain iperf3 closes while we still send.
-            Err(e) if !b.run.drain && b.run.is(Phase::Stop) && is_end(&e) => Ok(Next::Over),
+            Err(e) if !run.drain && run.is(Phase::Stop) && is_end(&e) => Ok(Next::Over),
             other => other,
         }
+    }
+
+    /// The usual case of [`step`](Self::step) for a thread that may block, with less around each call: blocks that are
+    /// bounded by time alone and go out whole. What is not so is left to `step`.
+    pub fn whole_blocks(&mut self, b: &Bench) -> io::Result<Next> {
+        let usual = matches!(self.role, Role::Send { done, size } if done == size)
+            && self.check.is_none()
+            && b.run.budget.is_none()
+            && b.run.file.is_none();
+        let block = &b.out[..b.run.spec.length];
+        while usual && !b.run.is(Phase::Stop) {
+            let n = match self.link.write(block) {
+                Ok(n) => n,
+                Err(e) => return self.judged(Err(e), &b.run),
+            };
+            self.counts.tx += n as u64;
+            self.counts.messages += u64::from(n == block.len());
+            self.counter.publish(self.counts);
+            if n < block.len() {
+                self.role = Role::Send { done: n, size: block.len() };
+                break;
+            }
+        }
+        Ok(self.needs())
     }
 
     /// What it waits for as it is.
