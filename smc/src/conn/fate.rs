@@ -30,7 +30,7 @@
 
 use super::waiting::Woke;
 use super::{Mapped, Socket};
-use crate::arena::{Slot, remote, reset, tx_mode};
+use crate::arena::{Slot, reset, tx_mode};
 use crate::handshake::unix;
 use crate::lock;
 use crate::ring;
@@ -96,7 +96,7 @@ impl Socket {
     #[inline]
     pub fn may_be_reset(&self) -> bool {
         let (Some(s), Some(m)) = (self.slot(), self.mapped()) else { return false };
-        if s.remote.load(Relaxed) != remote::NO {
+        if s.is_remote() {
             // What a peer on another host has not read its service tells of.
             return reset::is_errno(s.reset.load(Relaxed));
         }
@@ -251,7 +251,7 @@ impl Socket {
         if is_open(s.reset.load(Relaxed))
             && let Some(m) = self.mapped()
             && s.tx.mode.load(Relaxed) == tx_mode::RING
-            && s.remote.load(Relaxed) == remote::NO
+            && !s.is_remote()
             && sys::tcp_has_ended(fd)
             && !self.is_deserted(s, &m)
         {

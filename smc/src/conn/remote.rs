@@ -29,7 +29,7 @@ use crate::mem::rmb::{Buffers, Grant, Refused, ring_size};
 use crate::once::Once;
 use crate::reason::Reason;
 use crate::remote::{Conn, says};
-use crate::sync::{Ordering::*, fence};
+use crate::sync::{AtomicU32, Ordering::*, fence};
 use crate::sys;
 
 /// Values of [`Socket::wanted`].
@@ -62,6 +62,10 @@ pub fn serve_with(f: Serve) {
     let _ = SERVE.set(f);
 }
 
+/// 1: this process has, or has been forked with, a connection that the service has had. A process without one does not
+/// look at the slots' words.
+static ANY: AtomicU32 = AtomicU32::new(0);
+
 /// What the service keeps of a connection: its memory, and which side of the page it plays.
 struct Held {
     buffers: Buffers,
@@ -87,7 +91,13 @@ impl Slot {
     /// Whether the service plays the peer's side.
     #[inline]
     pub(super) fn is_served(&self) -> bool {
-        self.remote.load(Relaxed) == remote::SERVED
+        ANY.load(Relaxed) != 0 && self.remote.load(Relaxed) == remote::SERVED
+    }
+
+    /// Whether the service plays the peer's side, or did.
+    #[inline]
+    pub(super) fn is_remote(&self) -> bool {
+        ANY.load(Relaxed) != 0 && self.remote.load(Relaxed) != remote::NO
     }
 }
 
@@ -220,6 +230,7 @@ impl Socket {
         };
         let est = Established { side, bell, buffers: ends, peer_pid: 0, peer_uid: 0 };
         // Before the service has it: it may say at once what has become of it.
+        ANY.store(1, Relaxed);
         s.remote.store(remote::SERVED, Release);
         if let Err(why) = serve(&conn) {
             s.remote.store(remote::NO, Relaxed);
@@ -312,7 +323,7 @@ impl Socket {
     /// The program shuts its sending direction. True: the service tells the kernel, when all has gone.
     pub fn shuts_later(&self) -> bool {
         let Some(s) = self.slot() else { return false };
-        if s.remote.load(Relaxed) == remote::NO {
+        if !s.is_remote() {
             return false;
         }
         let _g = lock::lock(&s.tx.lock);

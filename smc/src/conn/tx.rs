@@ -8,7 +8,7 @@
 
 use super::waiting::{What, Woke};
 use super::{Mapped, Socket, bounds, fate};
-use crate::arena::{Slot, remote, tx_mode};
+use crate::arena::{Slot, tx_mode};
 use crate::handshake::switch;
 use crate::lock;
 use crate::mem::layout::ctl;
@@ -154,10 +154,11 @@ impl Socket {
     #[inline]
     pub unsafe fn send(&self, fd: i32, iov: &[libc::iovec], flags: i32, kernel: Kernel<'_>) -> isize {
         let Some(s) = self.slot() else { return self.in_kernel(kernel) };
-        if s.tx.mode.load(Acquire) == tx_mode::DONE && s.reset.load(Relaxed) == 0 {
+        let mode = s.tx.mode.load(Acquire);
+        if mode == tx_mode::DONE && s.reset.load(Relaxed) == 0 {
             return self.in_kernel(kernel);
         }
-        if self.is_shut(s) {
+        if matches!(mode, tx_mode::FLUSH | tx_mode::DONE) && self.is_shut(s) {
             return self.broken_pipe(flags);
         }
         let v = Iov::new(iov);
@@ -440,7 +441,7 @@ impl Socket {
 
     /// The stream goes back to TCP. (Between hosts that is the end of the connection, or of a handshake.)
     pub(super) fn count_downgrade(&self, s: &Slot) {
-        if s.remote.load(Relaxed) == remote::NO {
+        if !s.is_remote() {
             s.downgrades.fetch_add(1, Relaxed);
         }
     }
