@@ -1,7 +1,9 @@
 //! `smc run`, `smc ss`, `smc stats` and `SMC_STATS` on the plain client and server of `examples/`: what they say
 //! must be what happened. Run after `cargo build --release`, which `cargo xtask e2e` does.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
+use std::net::{TcpListener, TcpStream};
+use std::os::{fd::OwnedFd, unix::net::UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::{fs, thread, time::Duration};
@@ -132,6 +134,58 @@ fn nothing_is_printed_and_the_stream_is_whole_with_the_library_switched_off() {
         .expect("it starts");
     assert!(out.status.success() && out.stderr.is_empty(), "{}", String::from_utf8_lossy(&out.stderr));
     assert!(String::from_utf8_lossy(&out.stdout).starts_with("bytes "));
+}
+
+/// A client with a setting that is not understood, its standard error (and standard input) as given.
+fn misled_client(address: &str, stdin: Stdio, stderr: Stdio) -> Command {
+    let mut c = Command::new(example("plain_client"));
+    c.args([address, "pingpong", "0.1"]).env("LD_PRELOAD", release().join("libsmc.so"));
+    c.env("SMC_RMB_SIZE", "nonsense").stdin(stdin).stdout(Stdio::null()).stderr(stderr);
+    c
+}
+
+/// Both descriptors 0 and 2, or 2 alone, are one end of a pair of sockets: what came out of the other?
+fn said_to(ours: impl Into<OwnedFd>, mut theirs: impl Read, as_input: bool) -> String {
+    let (_server, address) = server(false);
+    let ours: OwnedFd = ours.into();
+    let stdin = if as_input { ours.try_clone().expect("a duplicate").into() } else { Stdio::null() };
+    let done = misled_client(&address, stdin, ours.into()).status().expect("it starts");
+    assert!(done.success());
+    let mut said = String::new();
+    theirs.read_to_string(&mut said).expect("text");
+    said
+}
+
+#[test]
+fn a_connection_at_descriptor_2_gets_no_line_of_ours() {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+    let there = TcpStream::connect(listener.local_addr().expect("its address")).expect("a connection");
+    assert_eq!(said_to(listener.accept().expect("accepted").0, there, false), "");
+    // As inetd(8) starts a server of a Unix socket.
+    let (here, there) = UnixStream::pair().expect("a pair");
+    assert_eq!(said_to(here, there, true), "");
+}
+
+#[test]
+fn a_journal_or_a_pipe_at_descriptor_2_gets_the_line() {
+    let (here, there) = UnixStream::pair().expect("a pair");
+    assert!(said_to(here, there, false).contains("SMC_RMB_SIZE"));
+    let (there, here) = std::io::pipe().expect("a pipe");
+    assert!(said_to(here, there, false).contains("SMC_RMB_SIZE"));
+}
+
+#[test]
+fn a_file_at_descriptor_2_gets_the_line_if_it_is_a_log() {
+    let (_server, address) = server(false);
+    let path = stats_file("log");
+    for (data, said) in [(true, false), (false, true)] {
+        let mut how = fs::OpenOptions::new();
+        let file = how.create(true).truncate(true).write(true).read(data).open(&path).expect("a file");
+        let done = misled_client(&address, Stdio::null(), file.into()).status().expect("it starts");
+        let text = fs::read_to_string(&path).expect("it is there");
+        assert!(done.success() && text.contains("SMC_RMB_SIZE") == said, "{data}: {text:?}");
+    }
+    fs::remove_file(&path).expect("it was there");
 }
 
 #[test]

@@ -92,7 +92,7 @@ pub fn disabled() -> bool {
 /// The settings, read at the first socket.
 #[inline]
 pub fn settings() -> &'static config::Config {
-    config::init(&env, &mut |line| engine::sys::write_stderr(format!("{line}\n").as_bytes()))
+    config::init(&env, &mut |line| report::say(format!("{line}\n").as_bytes()))
 }
 
 fn env(name: &str) -> Option<Vec<u8>> {
@@ -131,6 +131,6 @@ pub fn write_stats() {
     if let Ok(p) = std::ffi::CString::new(out)
         && !engine::sys::write_file(&p, json.as_bytes())
     {
-        engine::sys::write_stderr(b"libsmc: SMC_STATS: the file can't be written\n");
+        report::say(b"libsmc: SMC_STATS: the file can't be written\n");
     }
 }

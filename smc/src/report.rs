@@ -1,4 +1,7 @@
 //! What a process tells at its end (`SMC_STATS`) or along the way (`SMC_LOG`, `SMC_REQUIRE`).
+//!
+//! Lines go to standard error, and only as long as descriptor 2 is that: a server of inetd(8) has its connection
+//! there, and a daemon that has closed it gets the number for a file of its own ([`is_for_people`]).
 
 use crate::arena::Slot;
 use crate::config::config;
@@ -192,5 +195,35 @@ pub fn log_fallback(s: &Slot, why: Reason) {
         why.name(),
         why.explain()
     );
-    crate::sys::write_stderr(line.as_bytes());
+    say(line.as_bytes());
+}
+
+/// A line for the person who runs the program: on standard error, or nowhere.
+pub fn say(line: &[u8]) {
+    if is_for_people() {
+        crate::sys::write_stderr(line);
+    }
+}
+
+/// Whether descriptor 2 is where a line can do no harm: a terminal, a pipe, a log. Not so a connection (what we write
+/// would be in the middle of what the program says to its peer) and a file that is read as well: somebody's data. A Unix
+/// socket may be either: that of a service manager's journal is not standard input too, that of a connection is.
+fn is_for_people() -> bool {
+    match option(2, libc::SO_DOMAIN) {
+        Some(family) if family == libc::AF_UNIX as u64 => {
+            option(2, libc::SO_COOKIE) != option(0, libc::SO_COOKIE)
+        }
+        Some(_) => false,
+        None => {
+            !crate::sys::is_file(2)
+                || crate::sys::getfl(2) & libc::O_ACCMODE as isize == libc::O_WRONLY as isize
+        }
+    }
+}
+
+/// A socket option of four or eight bytes; `None` for what is no socket.
+fn option(fd: i32, name: i32) -> Option<u64> {
+    let mut value = [0; 8];
+    crate::sys::getsockopt(fd, libc::SOL_SOCKET, name, &mut value).ok()?;
+    Some(u64::from_ne_bytes(value))
 }

@@ -521,7 +521,7 @@ pub fn exe_path() -> Vec<u8> {
     b
 }
 
-/// A line for the person at the terminal, who has asked for it.
+/// A line to descriptor 2, whatever that is: [`crate::report::say`] looks first.
 pub fn write_stderr(line: &[u8]) {
     // SAFETY: `line` is readable for its length.
     unsafe { syscall6(libc::SYS_write, 2, line.as_ptr() as usize, line.len(), 0, 0, 0) };

@@ -14,7 +14,7 @@ use crate::config::{self, Config};
 use crate::conn::{Side, Socket, Tuning};
 use crate::stats::ConnectionInfo;
 use crate::sync::{AtomicBool, AtomicU32, AtomicUsize, Ordering::*};
-use crate::{arena, lgr, section, sys};
+use crate::{arena, lgr, report, section, sys};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io;
@@ -228,7 +228,7 @@ pub(super) fn statuses() -> Vec<ConnectionInfo> {
 /// The settings, from the same environment variables that the shim reads.
 pub(super) fn settings() -> &'static Config {
     let env = |name: &str| std::env::var_os(name).map(OsStringExt::into_vec);
-    config::init(&env, &mut |line| sys::write_stderr(format!("{line}\n").as_bytes()))
+    config::init(&env, &mut |line| report::say(format!("{line}\n").as_bytes()))
 }
 
 /// Whether libsmc.so has the connections of this process, those of this module among them.
