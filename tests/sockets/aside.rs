@@ -3,7 +3,7 @@
 
 use crate::{
     Scenario, log, s,
-    sys::{self, Res, show},
+    sys::{self, Addr, Res, show},
     world::{Conn, World, block},
 };
 use libc::{POLLIN, POLLOUT, c_long, c_void};
@@ -39,7 +39,14 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(signal_of_choice),
     s!(signals_on_and_off),
     s!(recvmmsg_forms),
+    s!(recvmmsg_times),
     s!(sendmmsg_partly),
+    s!(message_headers_received),
+    s!(message_headers_sent),
+    s!(names_received),
+    s!(names_sent_to),
+    s!(lengths_beyond_memory),
+    s!(splice_refuses),
     s!(addresses_of_nothing).plain(),
     s!(addresses_beyond_memory),
 ];
@@ -670,6 +677,222 @@ fn recvmmsg_forms(w: &World) {
     log!("at the end {} {n:?} {:?}", show(r), c.check(&x[..5]));
     log!("{}", show(sys::recvmmsg(c.fd, &mut [&mut x], 0).0));
     log!("bad fd {}", show(sys::recvmmsg(-1, &mut [&mut x], 0).0));
+}
+
+/// Two messages of 10 bytes at most, with a time-out: the result, what is left of it, the lengths.
+fn timed(fd: i32, sec: i64, nsec: i64) -> (Res, libc::timespec, [u32; 2]) {
+    let mut b = [[0u8; 10]; 2];
+    let mut v = b.each_mut().map(|b| libc::iovec { iov_base: b.as_mut_ptr().cast(), iov_len: 10 });
+    // SAFETY: all-zero is a valid mmsghdr.
+    let mut m: [libc::mmsghdr; 2] = unsafe { std::mem::zeroed() };
+    for (m, v) in m.iter_mut().zip(&mut v) {
+        m.msg_hdr.msg_iov = v;
+        m.msg_hdr.msg_iovlen = 1;
+    }
+    let mut t = libc::timespec { tv_sec: sec, tv_nsec: nsec };
+    // SAFETY: the headers point to live, exclusive buffers.
+    let r = sys::res(unsafe { libc::recvmmsg(fd, m.as_mut_ptr(), 2, libc::MSG_DONTWAIT, &raw mut t) });
+    (r, t, m.map(|m| m.msg_len))
+}
+
+fn recvmmsg_times(w: &World) {
+    let c = w.pair();
+    w.far(&c, "put 30");
+    c.arrived(30);
+    for (sec, nsec) in [(-1, 0), (0, -1), (0, 1_000_000_000)] {
+        log!("{sec} {nsec}: {}", show(timed(c.fd, sec, nsec).0));
+    }
+    let (r, t, n) = timed(c.fd, 0, 0);
+    log!("no time {} {n:?} left {} {}", show(r), t.tv_sec, t.tv_nsec);
+    let (r, t, n) = timed(c.fd, 1000, 0);
+    log!("time enough {} {n:?} less than before {}", show(r), (900..1000).contains(&t.tv_sec));
+    let (r, t, _) = timed(c.fd, 1000, 0);
+    log!("nothing there {} left {} {}", show(r), t.tv_sec, t.tv_nsec);
+    w.far(&c, "shutdown 1");
+    c.settle(libc::POLLRDHUP);
+    let (r, _, n) = timed(c.fd, 1000, 0);
+    log!("the end, as often as asked {} {n:?}", show(r));
+}
+
+/// recvmsg into a message as `change` makes it, and what came back in it.
+fn received(fd: i32, flags: i32, change: impl FnOnce(&mut libc::msghdr)) -> String {
+    let (mut b, mut name, mut control) = ([0u8; 100], [0u8; 128], [0u64; 8]);
+    let mut v = libc::iovec { iov_base: b.as_mut_ptr().cast(), iov_len: b.len() };
+    // SAFETY: all-zero is a valid msghdr.
+    let mut m: libc::msghdr = unsafe { std::mem::zeroed() };
+    m.msg_name = name.as_mut_ptr().cast();
+    m.msg_namelen = 50;
+    m.msg_iov = &raw mut v;
+    m.msg_iovlen = 1;
+    m.msg_control = control.as_mut_ptr().cast();
+    m.msg_controllen = size_of_val(&control);
+    m.msg_flags = 0x7777;
+    change(&mut m);
+    // SAFETY: what is in the message is live, or what the kernel refuses.
+    let r = sys::res(unsafe { libc::recvmsg(fd, &mut m, flags | libc::MSG_DONTWAIT) } as i64);
+    format!("{} {} {} {} {:#x}", show(r), m.msg_namelen, m.msg_iovlen, m.msg_controllen, m.msg_flags)
+}
+
+fn message_headers_received(w: &World) {
+    let mut c = w.pair();
+    let all = |c: &Conn, of: &str| {
+        log!("{of}: as it is {}", received(c.fd, libc::MSG_PEEK, |_| {}));
+        log!("{of}: close on exec {}", received(c.fd, libc::MSG_PEEK | libc::MSG_CMSG_CLOEXEC, |_| {}));
+        log!("{of}: no vector {}", received(c.fd, 0, |m| m.msg_iovlen = 0));
+        log!("{of}: vector of nothing {}", received(c.fd, 0, |m| m.msg_iov = std::ptr::null_mut()));
+        log!("{of}: 1025 vectors {}", received(c.fd, 0, |m| m.msg_iovlen = 1025));
+        log!("{of}: name of -1 {}", received(c.fd, 0, |m| m.msg_namelen = u32::MAX));
+        log!("{of}: long name {}", received(c.fd, libc::MSG_PEEK, |m| m.msg_namelen = 1000));
+        log!("{of}: no name {}", received(c.fd, libc::MSG_PEEK, |m| m.msg_name = std::ptr::null_mut()));
+        log!("{of}: no control {}", received(c.fd, libc::MSG_PEEK, |m| m.msg_controllen = 0));
+    };
+    all(&c, "empty");
+    w.far(&c, "put 10");
+    c.arrived(10);
+    all(&c, "ten bytes");
+    log!("nothing lost: {}", c.get(10));
+    w.far(&c, "shutdown 1");
+    c.settle(libc::POLLRDHUP);
+    all(&c, "the end");
+}
+
+fn message_headers_sent(w: &World) {
+    let mut c = w.pair();
+    let address = Addr::v4([127, 0, 0, 1], 9);
+    let beyond: *mut c_void = std::ptr::without_provenance_mut(usize::MAX);
+    let mut got = 0;
+    let mut send =
+        |c: &mut Conn, what: &str, name: *mut c_void, namelen: u32, control: &[u64], pieces: usize| {
+            let b = block(c.tx, 2);
+            let mut v = libc::iovec { iov_base: b.as_ptr().cast_mut().cast(), iov_len: 2 };
+            // SAFETY: all-zero is a valid msghdr.
+            let mut m: libc::msghdr = unsafe { std::mem::zeroed() };
+            (m.msg_name, m.msg_namelen) = (name, namelen);
+            (m.msg_iov, m.msg_iovlen) = (&raw mut v, pieces);
+            (m.msg_control, m.msg_controllen) = (control.as_ptr().cast_mut().cast(), size_of_val(control));
+            // SAFETY: what is in the message is live, or what the kernel refuses.
+            let r = sys::res(unsafe { libc::sendmsg(c.fd, &m, 0) } as i64);
+            if let Ok(n) = r {
+                c.tx += n as u64;
+                got += n;
+            }
+            log!("{what}: {}", show(r));
+        };
+    let name: *mut c_void = address.raw().cast_mut().cast();
+    for (what, p, n) in [
+        ("name", name, address.len()),
+        ("short name", name, 4),
+        ("name of 0", name, 0),
+        ("name of -1", name, u32::MAX),
+        ("no name", std::ptr::null_mut(), 16),
+        ("no name of -1", std::ptr::null_mut(), u32::MAX),
+        ("name beyond memory", beyond, 16),
+    ] {
+        send(&mut c, what, p, n, &[], 1);
+    }
+    send(&mut c, "no vector", name, address.len(), &[], 0);
+    // A header that is longer than all there is, and one of a kind that TCP does not take.
+    send(&mut c, "control too long", std::ptr::null_mut(), 0, &[1000, 1 << 32 | 1, 0], 1);
+    send(&mut c, "control unknown", std::ptr::null_mut(), 0, &[20, 99 << 32 | 1, 0], 1);
+    send(&mut c, "control of nobody", std::ptr::null_mut(), 0, &[20, 99 << 32 | 99, 0], 1);
+    log!("far {}", w.far(&c, &format!("get {got}")));
+    w.still_good(&mut c);
+}
+
+fn names_received(w: &World) {
+    let mut c = w.pair();
+    w.far(&c, "put 10");
+    c.arrived(10);
+    let mut name = [0u8; 128];
+    let (mut b, name) = ([0u8; 1], name.as_mut_ptr());
+    let mut get = |what: &str, name: *mut u8, len: *mut u32| {
+        // SAFETY: a live buffer; an address and its capacity, or what the kernel refuses.
+        let r = unsafe { libc::recvfrom(c.fd, b.as_mut_ptr().cast(), 1, 0, name.cast(), len) };
+        log!("{what} {} {:?}", show(sys::res(r as i64)), c.check(&b));
+    };
+    for n in [16, 0, 1000, -1i32] {
+        let mut len = n as u32;
+        get(&n.to_string(), name, &raw mut len);
+        log!("then {len}");
+    }
+    let beyond = std::ptr::without_provenance_mut(usize::MAX - 7);
+    get("no name", std::ptr::null_mut(), std::ptr::null_mut());
+    get("no name, a length beyond memory", std::ptr::null_mut(), beyond);
+    get("no length", name, std::ptr::null_mut());
+    get("a length beyond memory", name, beyond);
+    get("the rest is there", std::ptr::null_mut(), std::ptr::null_mut());
+    w.still_good(&mut c);
+}
+
+fn names_sent_to(w: &World) {
+    let mut c = w.pair();
+    let name = [0u16; 100];
+    let mut got = 0;
+    for (what, p, n) in [
+        ("no family", name.as_ptr(), 16),
+        ("short", name.as_ptr(), 1),
+        ("of 0", name.as_ptr(), 0),
+        ("of 128", name.as_ptr(), 128),
+        ("of 129", name.as_ptr(), 129),
+        ("of -1", name.as_ptr(), u32::MAX),
+        ("none", std::ptr::null(), 16),
+        ("none of -1", std::ptr::null(), u32::MAX),
+        ("beyond memory", std::ptr::without_provenance(usize::MAX - 7), 16),
+        ("beyond memory, of 0", std::ptr::without_provenance(usize::MAX - 7), 0),
+        ("in the first page", std::ptr::without_provenance(8), 16),
+    ] {
+        let b = block(c.tx, 2);
+        // SAFETY: a live buffer; an address and its length, or what the kernel refuses.
+        let r = sys::res(unsafe { libc::sendto(c.fd, b.as_ptr().cast(), 2, 0, p.cast(), n) } as i64);
+        if let Ok(n) = r {
+            c.tx += n as u64;
+            got += n;
+        }
+        log!("{what}: {}", show(r));
+    }
+    log!("far {}", w.far(&c, &format!("get {got}")));
+    w.still_good(&mut c);
+}
+
+/// read and write refuse a length that reaches beyond all memory.
+fn lengths_beyond_memory(w: &World) {
+    let mut c = w.pair();
+    w.far(&c, "put 10");
+    c.arrived(10);
+    let mut b = [0u8; 10];
+    for n in [1 << 63, usize::MAX, 1 << 48] {
+        // SAFETY: the kernel refuses these.
+        log!("read {}", show(sys::res(unsafe { libc::read(c.fd, b.as_mut_ptr().cast(), n) } as i64)));
+        // SAFETY: as above.
+        log!("write {}", show(sys::res(unsafe { libc::write(c.fd, b.as_ptr().cast(), n) } as i64)));
+    }
+    log!("nothing lost: {}", c.get(10));
+    w.still_good(&mut c);
+}
+
+fn splice_refuses(w: &World) {
+    let mut c = w.pair();
+    let p = sys::pipe();
+    let b = c.next(10);
+    log!("{}", show(sys::write(p[1], &b)));
+    let mut zero = 0i64;
+    let (at, none) = (&raw mut zero, std::ptr::null_mut());
+    let splice = |from: i32, a: *mut i64, to: i32, b: *mut i64, flags: u32| {
+        // SAFETY: positions are null or live.
+        show(sys::res(unsafe { libc::splice(from, a, to, b, 10, flags) } as i64))
+    };
+    log!("position of the pipe {}", splice(p[0], at, c.fd, none, 0));
+    log!("position of the connection {}", splice(p[0], none, c.fd, at, 0));
+    log!("unknown flags {}", splice(p[0], none, c.fd, none, 0x10));
+    log!("all goes {}", splice(p[0], none, c.fd, none, 0));
+    log!("far {}", w.far(&c, "get 10"));
+    w.far(&c, "put 10");
+    c.arrived(10);
+    log!("position of the connection {}", splice(c.fd, at, p[1], none, 0));
+    log!("position of the pipe {}", splice(c.fd, none, p[1], at, 0));
+    log!("unknown flags {}", splice(c.fd, none, p[1], none, 0x80));
+    log!("moved {zero}, all comes {}", c.get(10));
+    w.still_good(&mut c);
 }
 
 fn sendmmsg_partly(w: &World) {

@@ -173,7 +173,7 @@ impl Addr {
         self.len
     }
 
-    fn raw(&self) -> *const libc::sockaddr {
+    pub fn raw(&self) -> *const libc::sockaddr {
         (&raw const self.store).cast()
     }
 

@@ -12,9 +12,18 @@ use engine::section;
 use libc::{c_int, c_void, iovec, msghdr, off_t, size_t, sockaddr, socklen_t, ssize_t, timespec};
 use std::sync::atomic::Ordering::Relaxed;
 
+/// The kernel moves at most this much in one call (MAX_RW_COUNT in include/linux/fs.h).
+const MOST: usize = 0x7fff_f000;
+
 fn iov(p: *const c_void, n: usize) -> [iovec; 1] {
-    // The kernel moves at most this much in one call (MAX_RW_COUNT in include/linux/fs.h).
-    [iovec { iov_base: p.cast_mut(), iov_len: n.min(0x7fff_f000) }]
+    [iovec { iov_base: p.cast_mut(), iov_len: n.min(MOST) }]
+}
+
+/// Whether read and write refuse the length: all of it must be memory, though at most MOST of it are moved. (recv and
+/// send look at those only.)
+#[inline]
+fn too_long(e: &Ref, p: *const c_void, n: usize) -> bool {
+    n > MOST && !crate::hook::plausible(p, n) && !e.sock.is_plain()
 }
 
 /// The program's iovec array; `None` if the kernel is to refuse it.
@@ -119,6 +128,9 @@ fd_hook! {
         if n == 0 {
             return 0;
         }
+        if too_long(&e, buf, n) {
+            return fail(libc::EFAULT);
+        }
         // SAFETY: the program vouches for `buf`.
         unsafe { receive(&e, fd, &iov(buf, n), 0, kernel) }
     }
@@ -179,15 +191,42 @@ fd_hook! {
 fd_hook! {
     /// recvfrom(2).
     fn recvfrom(fd: c_int, buf: *mut c_void, n: size_t, flags: c_int, addr: *mut sockaddr, len: *mut socklen_t) -> ssize_t |e, kernel| {
+        let mut asked = false;
         // SAFETY: the program vouches for `buf`.
-        let r = unsafe { receive(&e, fd, &iov(buf, n), flags, kernel) };
-        if r >= 0 && !addr.is_null() && !len.is_null() && e.sock.rx_in_ring() {
-            // TCP names no sender: it reports an address length of 0 (net/ipv4/tcp.c leaves msg_namelen).
-            // SAFETY: not null; the program's.
-            unsafe { *len = 0 };
+        let r = unsafe {
+            receive(&e, fd, &iov(buf, n), flags, || {
+                asked = true;
+                kernel()
+            })
+        };
+        if r < 0 || asked || addr.is_null() {
+            return r;
         }
-        r
+        // SAFETY: the program vouches for `len`.
+        match unsafe { no_name(len) } {
+            Ok(()) => r,
+            Err(errno) => fail(errno),
+        }
     }
+}
+
+/// TCP names no sender: the address has length 0. As in the kernel the bytes are gone where that can't be said
+/// (move_addr_to_user, net/socket.c).
+///
+/// # Safety
+/// `len` is the program's, as it gives it to the kernel.
+unsafe fn no_name(len: *mut socklen_t) -> Result<(), c_int> {
+    if !crate::hook::plausible(len, size_of::<socklen_t>()) {
+        return Err(libc::EFAULT);
+    }
+    // SAFETY: not null; the program vouches for it.
+    let given = unsafe { *len } as c_int;
+    if given < 0 {
+        return Err(libc::EINVAL);
+    }
+    // SAFETY: as above.
+    unsafe { *len = 0 };
+    Ok(())
 }
 
 /// A control message behind those that are there, as far as there is room (put_cmsg, net/core/scm.c).
@@ -248,8 +287,18 @@ fd_hook! {
     fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> ssize_t |e, kernel| {
         // SAFETY: the program's own argument.
         let Some(&m) = (unsafe { given(msg) }) else { return kernel() };
+        let named = !m.msg_name.is_null();
+        if named && (m.msg_namelen as c_int) < 0 {
+            return kernel();
+        }
+        // No vector: an end, an error and EAGAIN are told as for one of length 0, and the kernel does not know the ring.
+        let none = iov(std::ptr::null(), 0);
         // SAFETY: the program vouches for its arrays.
-        let Some(list) = (unsafe { iovs(m.msg_iov, m.msg_iovlen) }) else { return kernel() };
+        let list = match unsafe { iovs(m.msg_iov, m.msg_iovlen) } {
+            Some(list) => list,
+            None if m.msg_iovlen == 0 => &none,
+            None => return kernel(),
+        };
         let mut asked = false;
         // SAFETY: as above.
         let r = unsafe {
@@ -261,7 +310,10 @@ fd_hook! {
         if r >= 0 && !asked {
             // TCP has no ancillary data but these, and names no sender.
             let room = m.msg_controllen;
-            let mut m = msghdr { msg_flags: 0, msg_controllen: 0, msg_namelen: 0, ..m };
+            let namelen = if named { 0 } else { m.msg_namelen };
+            // The one flag of the call that comes back in the message (____sys_recvmsg, net/socket.c).
+            let said = flags & libc::MSG_CMSG_CLOEXEC;
+            let mut m = msghdr { msg_flags: said, msg_controllen: 0, msg_namelen: namelen, ..m };
             let kinds = e.sock.slot().map_or(0, |s| s.rx.with_each.load(Relaxed));
             if kinds != 0 {
                 // SAFETY: the program's message.
@@ -277,6 +329,9 @@ fd_hook! {
 fd_hook! {
     /// write(2).
     fn write(fd: c_int, buf: *const c_void, n: size_t) -> ssize_t |e, kernel| {
+        if too_long(&e, buf, n) {
+            return fail(libc::EFAULT);
+        }
         // SAFETY: the program vouches for `buf`.
         unsafe { transmit(&e, fd, &iov(buf, n), 0, kernel) }
     }
@@ -302,11 +357,19 @@ fd_hook! {
     }
 }
 
+/// Whether the kernel takes what is given as an address to send to (move_addr_to_kernel, net/socket.c), as far as that
+/// shows. TCP then ignores it.
+fn may_be_address(p: *const c_void, len: socklen_t) -> bool {
+    let len = len as usize;
+    p.is_null() || len == 0 || len <= size_of::<libc::sockaddr_storage>() && crate::hook::plausible(p, len)
+}
+
 hook! {
     /// sendto(2). TCP ignores the address of a connected socket.
     fn sendto(fd: c_int, buf: *const c_void, n: size_t, flags: c_int, addr: *const sockaddr, len: socklen_t) -> ssize_t {
         let kernel = move || real!(sendto(fd => c_int, buf => *const c_void, n => size_t, flags => c_int, addr => *const sockaddr, len => socklen_t) -> ssize_t);
         match fd_table::stream(fd) {
+            Some(_) if !may_be_address(addr.cast(), len) => kernel(),
             // SAFETY: the program vouches for `buf`.
             Some(e) => unsafe { transmit(&e, fd, &iov(buf, n), flags, kernel) },
             None => {
@@ -337,6 +400,17 @@ hook! {
         };
         // SAFETY: the program's own argument.
         let Some(m) = (unsafe { given(msg) }) else { return kernel() };
+        // A longer one is cut, but none that is negative (copy_msghdr_from_user, net/socket.c).
+        let most = size_of::<libc::sockaddr_storage>() as socklen_t;
+        if (m.msg_namelen as c_int) < 0 && !m.msg_name.is_null()
+            || !may_be_address(m.msg_name, m.msg_namelen.min(most))
+        {
+            return kernel();
+        }
+        if m.msg_controllen != 0 && !e.sock.is_plain() {
+            // An option for this message alone, or one that TCP refuses: the kernel's to say.
+            e.sock.leave_tx(fd, Reason::SocketOption);
+        }
         // SAFETY: the program vouches for its arrays.
         match unsafe { iovs(m.msg_iov, m.msg_iovlen) } {
             // SAFETY: as above.
@@ -406,17 +480,33 @@ pub struct MMsg {
     len: u32,
 }
 
+/// How long recvmmsg may go on; `None` if the kernel is to refuse it.
+///
+/// # Safety
+/// `t` is the program's, as it gives it to the kernel, or null.
+unsafe fn until(t: *const timespec) -> Option<u64> {
+    if t.is_null() {
+        return Some(u64::MAX);
+    }
+    // SAFETY: the program's own argument.
+    let t = unsafe { given(t) }?;
+    let second = 0..1_000_000_000;
+    (t.tv_sec >= 0 && second.contains(&t.tv_nsec)).then(|| {
+        let span = (t.tv_sec as u64).saturating_mul(1_000_000_000).saturating_add(t.tv_nsec as u64);
+        engine::sys::now_ns().saturating_add(span)
+    })
+}
+
 hook! {
-    /// recvmmsg(2): on a connection, one recvmsg after the other, as the kernel does it.
-    fn recvmmsg(fd: c_int, v: *mut MMsg, n: u32, flags: c_int, timeout: *mut libc::timespec) -> c_int {
+    /// recvmmsg(2): on a connection, one recvmsg after the other, as the kernel does it. The end of the stream is a
+    /// message like others, and the time that is left is written back.
+    fn recvmmsg(fd: c_int, v: *mut MMsg, n: u32, flags: c_int, timeout: *mut timespec) -> c_int {
+        let kernel = || real!(recvmmsg(fd => c_int, v => *mut MMsg, n => u32, flags => c_int, timeout => *mut timespec) -> c_int);
         if fd_table::stream(fd).is_none() || !crate::hook::plausible(v, n.min(1024) as usize * size_of::<MMsg>()) {
-            return real!(recvmmsg(fd => c_int, v => *mut MMsg, n => u32, flags => c_int, timeout => *mut libc::timespec) -> c_int);
+            return kernel();
         }
-        let end = if timeout.is_null() { None } else {
-            // SAFETY: not null; the program's.
-            let t = unsafe { &*timeout };
-            Some(engine::sys::now_ns().saturating_add(t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64))
-        };
+        // SAFETY: the program's own argument.
+        let Some(end) = (unsafe { until(timeout) }) else { return kernel() };
         let mut done = 0;
         while done < n.min(1024) {
             let wait = flags & !libc::MSG_WAITFORONE;
@@ -430,7 +520,14 @@ hook! {
             }
             m.len = r as u32;
             done += 1;
-            if r == 0 || end.is_some_and(|t| engine::sys::now_ns() >= t) {
+            if timeout.is_null() {
+                continue;
+            }
+            let left = end.saturating_sub(engine::sys::now_ns());
+            let left_of = timespec { tv_sec: (left / 1_000_000_000) as i64, tv_nsec: (left % 1_000_000_000) as i64 };
+            // SAFETY: not null; the program's.
+            unsafe { *timeout = left_of };
+            if left == 0 {
                 break;
             }
         }
@@ -555,7 +652,10 @@ hook! {
         if plain(input) && plain(out) {
             return kernel();
         }
-        if !engine::sys::is_pipe(input) && !engine::sys::is_pipe(out) {
+        let pipe = engine::sys::is_pipe(input) || engine::sys::is_pipe(out);
+        const FLAGS: u32 = libc::SPLICE_F_MOVE | libc::SPLICE_F_NONBLOCK | libc::SPLICE_F_MORE | libc::SPLICE_F_GIFT;
+        // Neither a pipe nor a connection has positions.
+        if n == 0 || !pipe || flags & !FLAGS != 0 || !ioff.is_null() || !ooff.is_null() {
             // Refused, and nothing is moved.
             return kernel();
         }
@@ -573,7 +673,7 @@ hook! {
             return splice_in(input, out, n, flags);
         }
         if mapped(out) {
-            return splice_out(input, ioff, out, n, flags);
+            return splice_out(input, out, n, flags);
         }
         kernel()
     }
@@ -622,9 +722,9 @@ fn splice_in(sock: c_int, pipe: c_int, n: usize, flags: u32) -> ssize_t {
     got
 }
 
-/// From a pipe (or file) into a connection: looked at with tee into nothing is not possible, so what the
+/// From a pipe into a connection: looked at with tee into nothing is not possible, so what the
 /// connection does not take at once is waited for.
-fn splice_out(input: c_int, ioff: *mut off_t, sock: c_int, n: usize, flags: u32) -> ssize_t {
+fn splice_out(input: c_int, sock: c_int, n: usize, flags: u32) -> ssize_t {
     let nonblock = flags & libc::SPLICE_F_NONBLOCK != 0;
     if nonblock {
         let mut p = [libc::pollfd { fd: input, events: libc::POLLIN, revents: 0 }];
@@ -640,13 +740,8 @@ fn splice_out(input: c_int, ioff: *mut off_t, sock: c_int, n: usize, flags: u32)
         return fail(libc::EAGAIN);
     }
     let mut buf = vec![0u8; n.min(16 << 10)];
-    let got = if ioff.is_null() {
-        real!(read(input => c_int, buf.as_mut_ptr().cast() => *mut c_void, buf.len() => size_t) -> ssize_t)
-    } else {
-        // SAFETY: not null; the program's.
-        let p = unsafe { *ioff };
-        real!(pread(input => c_int, buf.as_mut_ptr().cast() => *mut c_void, buf.len() => size_t, p => off_t) -> ssize_t)
-    };
+    let got =
+        real!(read(input => c_int, buf.as_mut_ptr().cast() => *mut c_void, buf.len() => size_t) -> ssize_t);
     if got <= 0 {
         return got;
     }
@@ -664,10 +759,6 @@ fn splice_out(input: c_int, ioff: *mut off_t, sock: c_int, n: usize, flags: u32)
         let mut p = [libc::pollfd { fd: sock, events: libc::POLLOUT, revents: 0 }];
         // SAFETY: our own list.
         unsafe { super::ready::poll(p.as_mut_ptr(), 1, -1) };
-    }
-    if !ioff.is_null() {
-        // SAFETY: not null; the program's.
-        unsafe { *ioff += got as off_t };
     }
     got
 }
