@@ -47,10 +47,12 @@ fn settle(e: &Ref, fd: c_int) {
     }
 }
 
-/// Whether the kernel would find memory in each, as far as that shows.
+/// Whether the kernel would find memory where each begins, as far as that shows. Not where it ends: a program may say
+/// of a buffer near the end of its memory that it is longer than that, and where the kernel draws the line depends on the
+/// machine (five levels of page tables).
 #[inline]
 fn plausible(v: &[iovec]) -> bool {
-    v.iter().all(|i| i.iov_len == 0 || crate::hook::plausible(i.iov_base, i.iov_len))
+    v.iter().all(|i| i.iov_len == 0 || crate::hook::plausible(i.iov_base, 1))
 }
 
 #[inline]
