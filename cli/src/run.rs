@@ -186,7 +186,7 @@ mod tests {
             #[command(flatten)]
             options: Options,
         }
-        let line = "smc --upgrade-after 0 --spin-us 9 --rmb-size 64k --mem-limit 1g --peers h --only 80 --exclude 81 \
+        let line = "smc --upgrade-after 0 --spin-us 9 --rmb-size 64k --mem-limit 1g --peers 10.0.0.0/8 --only 80 --exclude 81 \
                     --require --log=debug --stats s.%p --disable -- app -x";
         let o = Only::try_parse_from(line.split_whitespace()).map(|o| o.options).expect("options");
         assert_eq!(o.command, ["app", "-x"]);

@@ -152,7 +152,8 @@ mod tests {
         super::add_unshared(900_003);
         assert!(super::contains(900_003));
         super::set_alarm();
-        assert!(super::alarm() > 900_003, "it can't be given back");
+        // Others of this process may have numbers of their own meanwhile.
+        assert_ne!(super::alarm(), super::before(900_003), "it can't be given back");
         super::remove(900_003);
         assert!(!super::is_unshared(900_003));
         super::set_alarm();
