@@ -55,6 +55,7 @@ pub fn add_unshared(fd: i32) {
 }
 
 /// In a forked child: closes what is its parent's alone.
+#[cfg(not(smc_loom))]
 pub fn close_unshared() {
     let mut at = 0;
     while let Some(fd) = next(at) {
