@@ -2,7 +2,12 @@
 //!
 //! A sleep and its wake-up cost some tens of microseconds on both sides, a look some nanoseconds, so a wait
 //! looks for a while first. Each waiter has a [`Habit`]: a look that paid pulls the budget towards a few
-//! times what it took; after some misses in a row only every eighth wait looks for long.
+//! times what it took; after some misses in a row few waits look for long.
+//!
+//! Where both ends have begun to sleep each waits for the other's wake-up, which what was learned from answers of a
+//! running peer does not last for: without more they would sleep for ever, at each turn. So after a miss a wait looks for
+//! as long as it may, and so do the few among the short ones. Whose look pays is awake for the next, and then the
+//! other's pays as well.
 //!
 //! After a few microseconds, and from the start when the peer was last seen on this very CPU, each look is
 //! followed by sched_yield(2): whoever else could run does, the peer among them, and two runnable
@@ -15,7 +20,7 @@
 //! | --- | --- | --- |
 //! | less than a switch | is ours alone | the next wait looks for a while before it yields |
 //! | a few switches | is a *crowd*'s, that waits as we do | the next wait yields at once |
-//! | a good part of a slice | is somebody's who computes | no yields for some time, but sleeps |
+//! | a good part of a slice | is somebody's who computes | no yields for some time; after short looks, in a crowd, sleeps |
 //!
 //! What a crowd does with the time is not taken off the budget. Who sleeps is preferred when it wakes; who yields to
 //! somebody who computes waits for its turn.
@@ -50,8 +55,9 @@ const SHORT_NS: u64 = 1_000;
 const KERNEL_NS: u64 = 10_000;
 /// Misses in a row after which looking is short.
 const MISSES: u32 = 4;
-/// Every so many waits looking is long all the same.
-const RETRY: u32 = 8;
+/// Short waits before one that looks for long all the same: these at first, twice as many each time, these at last.
+const LEAST_SHORT: u32 = 8;
+const MOST_SHORT: u32 = 64;
 
 /// What a waiter has learned. Hints only: Relaxed, and a lost update does no harm.
 #[derive(Debug)]
@@ -102,10 +108,17 @@ impl Habit {
         let max = u64::from(config().spin_us) * 1000;
         let (word, misses) = (self.ns.load(Relaxed), self.misses.load(Relaxed));
         let learned = u64::from(word & !CROWD);
-        let mut budget = if learned == 0 { max } else { learned.min(max) };
-        if misses > MISSES && !misses.is_multiple_of(RETRY) {
-            budget = budget.min(SHORT_NS);
-        }
+        let crowd = word & CROWD != 0;
+        // In a crowd it is the CPU that the peer waits for, and that is had by a sleep as well.
+        let usual = if learned == 0 { max } else { learned.min(max) };
+        let budget = match misses {
+            0 => usual,
+            ..=MISSES if crowd => usual,
+            ..=MISSES => max,
+            _ if crowd && misses.is_multiple_of(LEAST_SHORT) => usual,
+            _ if !crowd && retries(misses - MISSES) => max,
+            _ => usual.min(SHORT_NS),
+        };
         let left = left.unwrap_or(u64::MAX);
         if budget.min(left) == 0 {
             return None;
@@ -114,7 +127,6 @@ impl Habit {
         if beside && barred(start) {
             return None;
         }
-        let crowd = word & CROWD != 0;
         Some(Spin {
             habit: self,
             start,
@@ -128,6 +140,11 @@ impl Habit {
             crowd,
         })
     }
+}
+
+/// Whether the wait after so many misses beyond [`MISSES`] looks for long all the same.
+fn retries(short: u32) -> bool {
+    short.is_multiple_of(MOST_SHORT) || short >= LEAST_SHORT && short.is_power_of_two()
 }
 
 /// Whether yields would let somebody compute who does so at that time.
@@ -164,7 +181,7 @@ impl Spin<'_> {
         let barred = barred(now);
         if elapsed > self.left
             || elapsed.saturating_sub(self.others) > self.budget
-            || barred && elapsed > PURE_NS
+            || barred && self.crowd && elapsed > PURE_NS
         {
             self.habit.misses.store(misses.wrapping_add(1), Relaxed);
             return false;
@@ -217,6 +234,36 @@ mod tests {
         let mut spin = h.begin(false, None).expect("a budget");
         spin.yielded(ns);
         spin.paid();
+    }
+
+    #[test]
+    fn a_miss_is_followed_by_long_looks_and_many_by_few() {
+        let h = Habit::new();
+        let max = u64::from(config().spin_us) * 1000;
+        let budget = || h.begin(false, None).expect("a budget").budget;
+        assert_eq!(budget(), max, "nothing learned");
+        h.begin(false, None).expect("a budget").paid();
+        for _ in 0..20 {
+            h.begin(false, None).expect("a budget").paid();
+        }
+        let learned = budget();
+        assert!(learned < max / 2, "answers come at once: {learned}");
+        let mut long = Vec::new();
+        for misses in 1..200 {
+            h.misses.store(misses, Relaxed);
+            match budget() {
+                b if b == max => long.push(misses - MISSES.min(misses)),
+                b => assert_eq!(b, SHORT_NS),
+            }
+        }
+        assert_eq!(long, [0, 0, 0, 0, 8, 16, 32, 64, 128, 192]);
+        // In a crowd a wake-up is not what is waited for.
+        h.ns.fetch_or(CROWD, Relaxed);
+        let long = (1..40).filter(|n| {
+            h.misses.store(*n, Relaxed);
+            budget() == learned
+        });
+        assert_eq!(long.collect::<Vec<_>>(), [1, 2, 3, 4, 8, 16, 24, 32]);
     }
 
     #[test]
