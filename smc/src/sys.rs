@@ -314,8 +314,13 @@ pub fn sockaddr(fd: i32, peer: bool) -> Option<(u32, [u32; 4], u16)> {
 
 /// Whether the peer's FIN, or an RST, is in: by the state of TCP_INFO (net/tcp_states.h). Poll says the same of a socket
 /// whose own end has shut its receiving direction.
+///
+/// Poll shows a FIN, as the end of the stream and perhaps as a hang-up, while the kernel is about to change the state
+/// (tcp_fin). TCP_INFO takes the socket's lock, under which that happens, but reads the state before it
+/// (tcp_get_info, net/ipv4/tcp.c): so a second look knows what poll has shown before the first.
 pub fn tcp_has_ended(fd: i32) -> bool {
-    !matches!(tcp_state(fd), None | Some(1 | 4 | 5)) // ESTABLISHED, FIN_WAIT1, FIN_WAIT2
+    let ended = || !matches!(tcp_state(fd), None | Some(1 | 4 | 5)); // ESTABLISHED, FIN_WAIT1, FIN_WAIT2
+    ended() || ended()
 }
 
 /// Whether this end has sent its FIN: by the state of TCP_INFO.

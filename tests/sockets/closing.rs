@@ -49,9 +49,7 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(peer_dies_unlooked_for).procs(),
     s!(peer_killed_with_unread_data_in_many).procs(),
     s!(peer_killed_with_bytes_in_tcp).procs(),
-    s!(peer_killed_under_blocked_calls)
-        .procs()
-        .open("an epoll wait may see the reset without EPOLLERR, 1 of 4 runs"),
+    s!(peer_killed_under_blocked_calls).procs(),
     s!(peer_killed_and_small_sends).procs(),
     s!(peer_killed_and_its_socket_held).procs(),
     s!(peer_killed_and_the_rest_held).procs(),
