@@ -8,7 +8,11 @@
 //! class c: blocks of 32 << c bytes (32 B … 64 KiB); larger ones are mapped for themselves
 //! head   : tag (16) | address (48), the tag changes at each pop, so a block that was taken and came back
 //!          between the look and the exchange is noticed (ABA)
+//! fresh  : blocks left (16) | address (48) of the piece that is being cut into blocks
 //! ```
+//!
+//! A block is cut off when it is wanted, so what a process does not use it does not touch: a program that has nothing to
+//! do with sockets would pay for each page at its start.
 
 use engine::rawsys::syscall6;
 use std::alloc::{GlobalAlloc, Layout};
@@ -16,10 +20,17 @@ use std::sync::atomic::{AtomicU64, Ordering::*};
 
 const CLASSES: usize = 12;
 const MIN: usize = 32;
+const PAGE: usize = 4096;
 const CHUNK: usize = 64 << 10;
 const ADDR: u64 = (1 << 48) - 1;
+const ONE: u64 = 1 << 48;
+/// Class of the blocks that are a page.
+const PAGES: usize = (PAGE / MIN).trailing_zeros() as usize;
 
+/// Blocks that were given back.
 static HEAD: [AtomicU64; CLASSES] = [const { AtomicU64::new(0) }; CLASSES];
+/// Blocks that were never handed out.
+static FRESH: [AtomicU64; CLASSES] = [const { AtomicU64::new(0) }; CLASSES];
 
 /// See the module.
 #[derive(Debug)]
@@ -40,7 +51,7 @@ fn map(len: usize) -> *mut u8 {
 }
 
 fn pages(n: usize) -> usize {
-    (n + 4095) & !4095
+    n.next_multiple_of(PAGE)
 }
 
 fn push(c: usize, block: *mut u8) {
@@ -68,7 +79,7 @@ fn pop(c: usize) -> *mut u8 {
         // SAFETY: blocks are never unmapped, so the word can be read even if another thread has just taken
         // the block; then the exchange fails.
         let next = unsafe { AtomicU64::from_ptr(p.cast()) }.load(Relaxed) & ADDR;
-        let new = ((head & !ADDR).wrapping_add(1 << 48)) | next;
+        let new = ((head & !ADDR).wrapping_add(ONE)) | next;
         match HEAD[c].compare_exchange_weak(head, new, AcqRel, Acquire) {
             Ok(_) => return p,
             Err(h) => head = h,
@@ -76,19 +87,39 @@ fn pop(c: usize) -> *mut u8 {
     }
 }
 
-/// Maps a chunk for the class, keeps its first block, puts the rest on the stack.
+/// A block that nobody has had yet.
 #[cold]
 fn refill(c: usize) -> *mut u8 {
     let size = MIN << c;
-    let p = map(CHUNK);
-    if p.is_null() {
-        return p;
+    let mut fresh = FRESH[c].load(Relaxed);
+    loop {
+        if fresh >= ONE {
+            // A piece is cut once in the life of the process, so a value never comes back. Relaxed: of the block nobody
+            // knows anything, so there is nothing to be seen before it.
+            match FRESH[c].compare_exchange_weak(fresh, fresh - ONE + size as u64, Relaxed, Relaxed) {
+                Ok(_) => return (fresh & ADDR) as *mut u8,
+                Err(f) => fresh = f,
+            }
+            continue;
+        }
+        let (piece, len) = if c < PAGES { (pop(PAGES), PAGE) } else { (map(CHUNK), CHUNK) };
+        if piece.is_null() {
+            return piece;
+        }
+        let rest = (len / size - 1) as u64 * ONE;
+        let next = (piece as u64 + size as u64) & ADDR;
+        match FRESH[c].compare_exchange(fresh, rest | next, Relaxed, Relaxed) {
+            Ok(_) => return piece,
+            Err(f) => fresh = f,
+        }
+        // Another thread has brought one.
+        if c < PAGES {
+            push(PAGES, piece);
+        } else {
+            // SAFETY: mapped just now, with this length, and told to nobody.
+            unsafe { syscall6(libc::SYS_munmap, piece as usize, CHUNK, 0, 0, 0, 0) };
+        }
     }
-    // All but the first go on the stack, which any thread may use at once.
-    for i in 1..CHUNK / size {
-        push(c, p.wrapping_add(i * size));
-    }
-    p
 }
 
 // SAFETY: blocks of a class are at least as large and as aligned as asked (powers of two, carved from page
@@ -97,7 +128,7 @@ unsafe impl GlobalAlloc for Own {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         match class(&layout) {
             Some(c) => pop(c),
-            None if layout.align() <= 4096 => map(pages(layout.size())),
+            None if layout.align() <= PAGE => map(pages(layout.size())),
             None => std::ptr::null_mut(),
         }
     }
@@ -110,5 +141,42 @@ unsafe impl GlobalAlloc for Own {
                 unsafe { syscall6(libc::SYS_munmap, p as usize, pages(layout.size()), 0, 0, 0, 0) };
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every block is one thread's alone from its allocation to its end, of whatever class.
+    #[test]
+    fn blocks_do_not_overlap() {
+        let work = |me: u64| {
+            let mut mine = std::collections::VecDeque::new();
+            let mut seed = me;
+            for i in 0..20_000u64 {
+                seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                let size = (seed >> 33) as usize % 3000 + (seed >> 60) as usize / 15 * 66_000 + 16;
+                let layout = Layout::from_size_align(size, 8).expect("a layout");
+                let mark = me << 32 | i;
+                // SAFETY: the layout has a size; the block is written within it.
+                let p = unsafe { Own.alloc(layout) };
+                assert!(!p.is_null() && (p as usize).is_multiple_of(size.next_power_of_two().min(PAGE)));
+                let ends = [p, p.wrapping_add(size - 8)].map(|p| p.cast::<u64>());
+                // SAFETY: as above: the first and the last eight bytes.
+                ends.iter().for_each(|p| unsafe { p.write_unaligned(mark) });
+                mine.push_back((ends, layout, mark));
+                if mine.len() > 200 || i > 19_000 {
+                    let (ends, layout, mark) = mine.pop_front().expect("some");
+                    for p in ends {
+                        // SAFETY: not given back yet.
+                        assert_eq!(unsafe { p.read_unaligned() }, mark);
+                    }
+                    // SAFETY: allocated above with this layout, and given back once.
+                    unsafe { Own.dealloc(ends[0].cast(), layout) };
+                }
+            }
+        };
+        std::thread::scope(|s| (1..5).for_each(|me| _ = s.spawn(move || work(me))));
     }
 }

@@ -113,8 +113,8 @@ impl Habit {
         let usual = if learned == 0 { max } else { learned.min(max) };
         let budget = match misses {
             0 => usual,
-            ..=MISSES if crowd => usual,
-            ..=MISSES => max,
+            1..=MISSES if crowd => usual,
+            1..=MISSES => max,
             _ if crowd && misses.is_multiple_of(LEAST_SHORT) => usual,
             _ if !crowd && retries(misses - MISSES) => max,
             _ => usual.min(SHORT_NS),
