@@ -220,7 +220,9 @@ impl Peer {
                 // SAFETY: the ring lives as long as the Established; a power of two.
                 let buffer = unsafe { Buffer::new(p, size) };
                 // SAFETY: N - have bytes are left.
-                unsafe { buffer.copy_out(self.cons, b.as_mut_ptr().wrapping_add(have), n) };
+                unsafe {
+                    buffer.copy_out(ring::at(&self.it().tx, self.cons), b.as_mut_ptr().wrapping_add(have), n)
+                };
                 self.cons += n as u64;
                 ring::release(&self.me().rx, self.cons);
                 n

@@ -52,16 +52,16 @@ impl Shared {
 }
 
 /// Edges: ring.publish, ring.free, bell.recheck. A producer fills a ring smaller than its stream, sleeping
-/// for space; a consumer empties it, sleeping for bytes. Nobody sleeps for ever, no byte is read early.
-fn stream_through_the_ring() {
-    model(|| {
-        const N: u64 = SIZE + 2;
+/// for space; a consumer empties it, sleeping for bytes. Nobody sleeps for ever, no byte is read early. With `rewind` the
+/// producer begins the buffer anew when that is empty.
+fn stream_through_the_ring(n_all: u64, rewind: bool) {
+    model(move || {
         let sh = Shared::new();
         let other = sh.clone();
         let producer = thread::spawn(move || {
             let (me, peer) = (&other.page.side[0], &other.page.side[1]);
             let mut prod = 0;
-            while prod < N {
+            while prod < n_all {
                 let free = |p| ring::writable(&peer.rx, p, SIZE).expect("a correct peer").0;
                 if free(prod) == 0 {
                     doorbell::arm(me, ctl::TX_ARMED);
@@ -70,9 +70,10 @@ fn stream_through_the_ring() {
                     }
                     continue;
                 }
-                let n = free(prod).min(N - prod);
+                let n = free(prod).min(if rewind { 1 } else { n_all - prod });
+                let at = if rewind { ring::place(&me.tx, &peer.rx, prod, n, SIZE, || true) } else { prod };
                 for i in 0..n {
-                    other.put(prod + i, (prod + i) as u8);
+                    other.put(at + i, (prod + i) as u8);
                 }
                 prod += n;
                 ring::publish(&me.tx, prod, false);
@@ -83,7 +84,7 @@ fn stream_through_the_ring() {
         });
         let (me, peer) = (&sh.page.side[1], &sh.page.side[0]);
         let mut cons = 0;
-        while cons < N {
+        while cons < n_all {
             let look = |c| ring::readable(&peer.tx, c, SIZE).expect("a correct peer").bytes;
             let n = look(cons);
             if n == 0 {
@@ -94,7 +95,7 @@ fn stream_through_the_ring() {
                 continue;
             }
             for i in 0..n {
-                assert_eq!(sh.get(cons + i), (cons + i) as u8);
+                assert_eq!(sh.get(ring::at(&peer.tx, cons + i)), (cons + i) as u8);
             }
             cons += n;
             ring::release(&me.rx, cons);
@@ -329,14 +330,19 @@ fn switch_model(n: u8, leave_after: Option<u8>, stop_after: Option<(usize, bool)
 
 #[test]
 fn loom_ring_and_doorbell() {
-    stream_through_the_ring();
+    stream_through_the_ring(SIZE + 2, false);
 }
 
 /// Models that hold without the fence as well: the switch is found out later then, by the stop's own
 /// doorbell.
 #[cfg(not(smc_weak))]
 mod more {
-    use super::switch_model;
+    use super::{stream_through_the_ring, switch_model};
+
+    #[test]
+    fn loom_rewind() {
+        stream_through_the_ring(4, true);
+    }
 
     #[test]
     fn loom_switch_stopped_by_the_receiver() {

@@ -231,6 +231,12 @@ impl Mapped<'_> {
         bounds::most(&self.peer.tx, &self.me.rx, self.rxbuf.size())
     }
 
+    /// The place in the ring of `cursor`, before which or at which bytes can be read.
+    #[inline(always)]
+    fn rx_at(&self, cursor: u64) -> u64 {
+        crate::ring::at(&self.peer.tx, cursor)
+    }
+
     /// Whether the peer's end of the doorbell is closed; rings may still be on it.
     fn peer_gone(&self) -> bool {
         let mut p = [libc::pollfd { fd: self.bell, events: 0, revents: 0 }];

@@ -259,7 +259,7 @@ impl Socket {
         let n = r.bytes.min((v.total - done) as u64) as usize;
         let show = flags & libc::MSG_TRUNC == 0;
         if show {
-            let mut at = s.rx.cons.load(Relaxed);
+            let mut at = m.rx_at(s.rx.cons.load(Relaxed));
             v.pieces(done, n, |p, k| {
                 // SAFETY: the program's writable memory; n bytes are readable, and only the one reader of TCP,
                 // which this is, takes the stream into the ring, so that nobody consumes them meanwhile.
@@ -500,7 +500,7 @@ impl Socket {
         let cons = s.rx.cons.load(Relaxed);
         let n = r.bytes.min((v.total - done) as u64) as usize;
         if flags & libc::MSG_TRUNC == 0 {
-            let mut at = cons;
+            let mut at = m.rx_at(cons);
             v.pieces(done, n, |p, k| {
                 // SAFETY: the program's writable memory; n bytes are readable.
                 unsafe { m.rxbuf.copy_out(at, p, k) };

@@ -134,7 +134,7 @@ impl<'a> SharedSlice<'a> {
     }
 }
 
-/// A part of a ring: two pieces, of which the second is empty unless it goes over the ring's end.
+/// A part of a ring from place `at` on: two pieces, of which the second is empty unless it goes over the ring's end.
 fn pieces<'a>(buffer: &ring::Buffer, at: u64, n: usize) -> [SharedSlice<'a>; 2] {
     let (p, first) = buffer.span(at, n);
     let (q, rest) = buffer.span(at + first as u64, n - first);
@@ -148,6 +148,7 @@ pub struct Reserved<'a> {
     slot: &'a Slot,
     m: Mapped<'a>,
     at: u64,
+    place: u64,
     len: usize,
     fd: i32,
     /// Of the thread, and dropped by it.
@@ -170,13 +171,13 @@ impl Reserved<'_> {
     /// The space.
     #[must_use]
     pub fn pieces(&self) -> [SharedSlice<'_>; 2] {
-        pieces(&self.m.txbuf, self.at, self.len)
+        pieces(&self.m.txbuf, self.place, self.len)
     }
 
     /// Sends the first `n` bytes, at most all. What a peer that wants out of the ring will not take is left to
     /// [`Socket::flush_left`].
     pub fn commit(self, n: usize) {
-        let Reserved { sock, slot: s, m, at, len, fd, guard } = self;
+        let Reserved { sock, slot: s, m, at, len, fd, guard, .. } = self;
         let n = n.min(len);
         if n == 0 {
             return;
@@ -230,7 +231,7 @@ impl Lent<'_> {
     /// The bytes.
     #[must_use]
     pub fn pieces(&self) -> [SharedSlice<'_>; 2] {
-        pieces(&self.m.rxbuf, self.at, self.len)
+        pieces(&self.m.rxbuf, self.m.rx_at(self.at), self.len)
     }
 
     /// Consumes the first `n` bytes, at most all.
@@ -284,7 +285,8 @@ impl Socket {
             let free = most.saturating_sub(size - free);
             if free >= low_water(most).min(want as u64).max(1) {
                 let len = free.min(want as u64) as usize;
-                return Ok(Some(Reserved { sock: self, slot: s, m, at, len, fd, guard }));
+                let place = m.place(s, at, len as u64);
+                return Ok(Some(Reserved { sock: self, slot: s, m, at, place, len, fd, guard }));
             }
             s.tx.blocked.store(1, Relaxed);
             drop(guard);

@@ -127,6 +127,14 @@ unsafe fn send_part(fd: i32, iov: &[libc::iovec], flags: i32) -> isize {
 }
 
 impl Mapped<'_> {
+    /// Under the tx lock: where the `n` bytes from `prod` on, which are free, go.
+    #[inline(always)]
+    pub(super) fn place(&self, s: &Slot, prod: u64, n: u64) -> u64 {
+        // The ring of an end on another host is laid out as this one, by a device that knows of no origin.
+        let may = || !s.is_remote();
+        ring::place(&self.me.tx, &self.peer.rx, prod, n, self.txbuf.size(), may)
+    }
+
     /// The bytes before `prod` are the peer's to read; with them it learns what was rung before.
     #[inline(always)]
     pub(super) fn publish(&self, prod: u64) {
@@ -530,12 +538,13 @@ impl Socket {
             drop(g);
             return Put::Full;
         }
-        let mut at = prod;
+        let mut to = m.place(s, prod, n as u64);
         v.pieces(done, n, |p, k| {
             // SAFETY: the program's readable memory; n bytes are free.
-            unsafe { m.txbuf.copy_in(at, p, k) };
-            at += k as u64;
+            unsafe { m.txbuf.copy_in(to, p, k) };
+            to += k as u64;
         });
+        let at = prod + n as u64;
         // Own copy first: if this process is killed between the two, a forked sibling goes on after bytes
         // that are complete in the ring, and its next publication covers them.
         s.tx.prod.store(at, Relaxed);
@@ -656,7 +665,7 @@ impl Socket {
                 self.set_changed();
                 return 0;
             }
-            let (p, n) = m.txbuf.span(at, left as usize);
+            let (p, n) = m.txbuf.span(ring::at(&m.me.tx, at), left as usize);
             let iov = [libc::iovec { iov_base: p.cast(), iov_len: n }];
             // SAFETY: a part of our ring, mapped while the connection is.
             let r = unsafe { sys::send_iov(fd, &iov, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };

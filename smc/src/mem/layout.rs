@@ -13,7 +13,7 @@ use crate::sync::AtomicU32 as Plain;
 use crate::sync::page::{AtomicU32, AtomicU64};
 
 /// Version of this layout; the CLC messages carry it and a mismatch is declined.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// Bit of [`TxLine::prod`]: the stream leaves the ring at this cursor and goes on in TCP.
 pub const LEFT: u64 = 1 << 63;
@@ -41,6 +41,8 @@ pub struct TxLine {
     pub prod: AtomicU64,
     /// The TCP byte offset at which the stream goes over to the ring, plus one; 0: not announced.
     pub switch_at: AtomicU64,
+    /// The cursor that lies at the start of the buffer, see [`crate::ring::place`].
+    pub origin: AtomicU64,
     /// Doorbells that this side's process had rung at the peer's before it produced last, of all their connections.
     pub rang: Plain,
     /// SO_SNDBUF, if the program has set it; 0: it has not. See `conn/bounds.rs`.

@@ -1,6 +1,8 @@
 //! The byte ring: a power-of-two buffer that one side fills and the other empties.
 //!
-//! Cursors are 64-bit counts of bytes that never wrap; `cursor & (size - 1)` is the place in the buffer.
+//! Cursors are 64-bit counts of bytes that never wrap; `(cursor - origin) & (size - 1)` is the place in the buffer.
+//! The origin is the producer's to choose while the ring is empty ([`place`]): so messages that are read as they come
+//! stay in the buffer's first page, and a connection keeps as much memory as it needs at once, not all of its ring.
 //! `prod - cons` bytes are readable, the rest is free. The bytes are copied first and the cursor is
 //! published after, with Release; the other side loads it with Acquire before it touches the bytes.
 //!
@@ -59,7 +61,44 @@ pub fn release(me: &RxLine, cons: u64) {
     me.cons.store(cons, Release);
 }
 
-/// The buffer of a ring, mapped in this process.
+/// Bytes of the buffer that are used again and again as long as the consumer keeps up. The producer looks for that once in
+/// as many, since the consumer's cursor is in another CPU's cache.
+pub const REWIND: u64 = if cfg!(smc_loom) { 1 } else { 4096 };
+/// How often it looks beyond them.
+const REWIND_LATE: u64 = if cfg!(smc_loom) { 1 } else { 512 };
+
+/// Where the producer of a buffer of `size` bytes puts the `n` ≥ 1 bytes from `prod` on, which are free: where it is, or at
+/// the start if the consumer has taken all and `may` says so.
+#[inline]
+pub fn place(me: &TxLine, peer: &RxLine, prod: u64, n: u64, size: u64, may: impl FnOnce() -> bool) -> u64 {
+    let at = at(me, prod);
+    let often = if at < REWIND { REWIND } else { REWIND_LATE };
+    // Powers of two: the byte before and the last one lie in the same piece.
+    let inside = at.wrapping_sub(1) ^ at.wrapping_add(n - 1) < often;
+    if inside || !may() { at } else { rewind(me, peer, prod, at, size) }
+}
+
+#[cold]
+#[inline(never)]
+fn rewind(me: &TxLine, peer: &RxLine, prod: u64, at: u64, size: u64) -> u64 {
+    // ORDERING [ring.free] Acquire, as in `writable`.
+    if at & (size - 1) == 0 || peer.cons.load(Acquire) != prod {
+        return at;
+    }
+    // ORDERING [ring.publish] Relaxed: `publish` of what is put there comes after it, and carries it. A consumer that reads
+    // bytes before `prod` is not given another origin meanwhile: it has not released them. Model: loom_rewind.
+    me.origin.store(prod, Relaxed);
+    0
+}
+
+/// The place of `cursor` in the buffer of the producer of `tx`; for a consumer, of bytes that [`readable`] has shown. (Any
+/// number of a hostile peer's is a place: [`Buffer`] takes it by its size.)
+#[inline]
+pub fn at(tx: &TxLine, cursor: u64) -> u64 {
+    cursor.wrapping_sub(tx.origin.load(Relaxed))
+}
+
+/// The buffer of a ring, mapped in this process. Its functions take places, which are [`at`]'s of cursors.
 ///
 /// Invariant: `base` is valid for reads and writes of `size` bytes as long as the connection's buffers are
 /// held; `size` is a power of two.
@@ -84,14 +123,14 @@ impl Buffer {
         self.size as u64
     }
 
-    /// Copies `n` bytes at `src` to the place of `cursor`.
+    /// Copies `n` bytes at `src` to place `at`.
     ///
     /// # Safety
     /// `src` is readable for `n` bytes, which are free in the ring: `n <= size`.
     #[inline]
-    pub unsafe fn copy_in(&self, cursor: u64, src: *const u8, n: usize) {
+    pub unsafe fn copy_in(&self, at: u64, src: *const u8, n: usize) {
         let n = n.min(self.size);
-        let at = cursor as usize & (self.size - 1);
+        let at = at as usize & (self.size - 1);
         let first = n.min(self.size - at);
         // SAFETY: at + first <= size by construction; `src` as the caller vouches; the program's memory and
         // the mapping do not overlap.
@@ -102,14 +141,14 @@ impl Buffer {
         }
     }
 
-    /// Copies `n` bytes at the place of `cursor` to `dst`.
+    /// Copies `n` bytes at place `at` to `dst`.
     ///
     /// # Safety
     /// `dst` is writable for `n` bytes; `n <= size`.
     #[inline]
-    pub unsafe fn copy_out(&self, cursor: u64, dst: *mut u8, n: usize) {
+    pub unsafe fn copy_out(&self, at: u64, dst: *mut u8, n: usize) {
         let n = n.min(self.size);
-        let at = cursor as usize & (self.size - 1);
+        let at = at as usize & (self.size - 1);
         let first = n.min(self.size - at);
         // SAFETY: at + first <= size by construction; `dst` as the caller vouches.
         unsafe { std::ptr::copy_nonoverlapping(self.base.add(at), dst, first) };
@@ -119,10 +158,75 @@ impl Buffer {
         }
     }
 
-    /// The contiguous part at `cursor`, at most `n` bytes: pointer and length, for the kernel to read or fill.
-    pub fn span(&self, cursor: u64, n: usize) -> (*mut u8, usize) {
-        let at = cursor as usize & (self.size - 1);
+    /// The contiguous part at place `at`, at most `n` bytes: pointer and length, for the kernel to read or fill.
+    pub fn span(&self, at: u64, n: usize) -> (*mut u8, usize) {
+        let at = at as usize & (self.size - 1);
         // The pointer stays inside the buffer: at < size.
         (self.base.wrapping_add(at), n.min(self.size - at))
+    }
+}
+
+#[cfg(all(test, not(smc_loom)))]
+mod tests {
+    use super::*;
+
+    const SIZE: u64 = 4 * REWIND;
+
+    /// Sends messages of `n` bytes, which are taken when `behind` of them are in the ring; the places.
+    fn places(n: u64, behind: u64, may: bool) -> Vec<u64> {
+        let (tx, rx) = (TxLine::default(), RxLine::default());
+        (0..200)
+            .map(|i| {
+                let prod = i * n;
+                if i % behind == 0 {
+                    release(&rx, prod);
+                }
+                assert!(writable(&rx, prod, SIZE).is_ok_and(|(free, _)| free >= n));
+                let to = place(&tx, &rx, prod, n, SIZE, || may);
+                publish(&tx, prod + n, false);
+                assert_eq!(at(&tx, prod), to, "the consumer looks there");
+                to % SIZE
+            })
+            .collect()
+    }
+
+    #[test]
+    fn messages_that_are_taken_as_they_come_stay_in_a_page() {
+        let all = places(100, 1, true);
+        assert!(all.iter().all(|at| at + 100 <= REWIND), "{all:?}");
+        // One at the end of the page is followed by one at the start, not by a byte beyond.
+        assert!(places(REWIND / 4, 1, true).iter().all(|at| at + REWIND / 4 <= REWIND));
+        // Larger ones are each at the start.
+        assert!(places(REWIND + 1, 1, true).iter().all(|at| *at == 0));
+        // With three in the ring it takes the pages that those are in.
+        assert!(places(1000, 3, true).iter().all(|at| at + 1000 <= 2 * REWIND));
+    }
+
+    #[test]
+    fn bytes_that_are_in_the_ring_stay_where_they_are() {
+        for (n, behind) in [(100, 7), (1000, 3), (REWIND, 3), (1, 200)] {
+            let (tx, rx) = (TxLine::default(), RxLine::default());
+            let mut model = vec![0u8; SIZE as usize];
+            let mut cons = 0;
+            for i in 0..200 {
+                let prod = i * n;
+                if i % behind == behind - 1 {
+                    release(&rx, prod);
+                    cons = prod;
+                }
+                let to = place(&tx, &rx, prod, n, SIZE, || true);
+                (0..n).for_each(|k| model[((to + k) % SIZE) as usize] = (prod + k) as u8);
+                publish(&tx, prod + n, false);
+                for c in cons..prod + n {
+                    assert_eq!(model[(at(&tx, c) % SIZE) as usize], c as u8);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_ring_that_may_not_be_rewound_is_walked_through() {
+        let all = places(1000, 1, false);
+        assert_eq!(all, (0..200).map(|i| i * 1000 % SIZE).collect::<Vec<_>>());
     }
 }
