@@ -8,9 +8,17 @@ const PLACES: &[&str] = &[
     "libsmc.so",            // target/release, or an unpacked archive
     "../lib/libsmc.so",     // PREFIX/bin and PREFIX/lib
     "../lib/smc/libsmc.so", // a package's own folder
+    MULTIARCH,              // a Debian package
     "../lib64/libsmc.so",   // distributions that keep 64-bit libraries apart
     "../release/libsmc.so", // target/debug/smc during development
 ];
+
+/// Debian keeps the libraries of each processor apart.
+const MULTIARCH: &str = if cfg!(target_arch = "aarch64") {
+    "../lib/aarch64-linux-gnu/libsmc.so"
+} else {
+    "../lib/x86_64-linux-gnu/libsmc.so"
+};
 
 /// The library, with an absolute path.
 ///
@@ -29,7 +37,14 @@ pub fn find(given: Option<&Path>) -> Result<PathBuf, String> {
     let command = env::current_exe().map_err(|e| format!("where the smc command lies is unknown: {e}"))?;
     let folder = command.parent().unwrap_or(Path::new("/"));
     beside(folder).ok_or_else(|| {
-        format!("libsmc.so is not beside {} or in ../lib; set SMC_LIBRARY to its path", command.display())
+        // The prefix that this command lies in, if it looks like one.
+        let prefix = folder.parent().filter(|_| folder.ends_with("bin")).unwrap_or(folder);
+        format!(
+            "libsmc.so is not beside {} or in ../lib; in the sources, `cargo xtask install --prefix {}` puts it there, \
+             or set SMC_LIBRARY to its path",
+            command.display(),
+            prefix.display()
+        )
     })
 }
 

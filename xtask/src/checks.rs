@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::shell::{self, Running};
 use crate::tally::Tally;
-use crate::{packages, rounds, vm};
+use crate::{dist, packages, rounds, vm};
 
 /// A model that takes longer than this does not end.
 const MODEL_LIMIT: Duration = Duration::from_secs(600);
@@ -25,13 +25,23 @@ pub enum Check {
     Loom,
     Weak,
     E2e,
+    Package,
     Rdma,
 }
 
 impl Check {
     /// In the order in which they find mistakes soonest.
-    pub const ALL: [Self; 8] =
-        [Self::Fmt, Self::Clippy, Self::Build, Self::Unit, Self::Loom, Self::Weak, Self::E2e, Self::Rdma];
+    pub const ALL: [Self; 9] = [
+        Self::Fmt,
+        Self::Clippy,
+        Self::Build,
+        Self::Unit,
+        Self::Loom,
+        Self::Weak,
+        Self::E2e,
+        Self::Package,
+        Self::Rdma,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -42,6 +52,7 @@ impl Check {
             Self::Loom => "loom",
             Self::Weak => "weak",
             Self::E2e => "e2e",
+            Self::Package => "package",
             Self::Rdma => "rdma",
         }
     }
@@ -63,6 +74,7 @@ impl Check {
             Self::Loom => loom(),
             Self::Weak => weak(),
             Self::E2e => e2e(),
+            Self::Package => package(),
             Self::Rdma => rdma(),
         }
     }
@@ -73,6 +85,9 @@ pub fn run(checks: &[Check], install: bool) -> ExitCode {
     let mut left_out = Vec::new();
     if checks.contains(&Check::E2e) {
         left_out = packages::provide(&packages::all(), install);
+    }
+    if checks.contains(&Check::Package) && !checks.contains(&Check::E2e) {
+        left_out = packages::provide(&packages::of(dist::PROGRAMS), install);
     }
     let no_vm = vm::wanting().or_else(|| (!install).then_some("--no-install"));
     let mut total = Tally::default();
@@ -129,6 +144,12 @@ fn e2e() -> io::Result<Tally> {
     command.args(["test", "--quiet", "--release", "-p", "libsmc", "--no-fail-fast"]);
     command.env("SMC_LIBRARY", rounds::library()).env("PATH", shell::path_with_sbin());
     tests(&mut command)
+}
+
+/// What users install, made of the release build.
+fn package() -> io::Result<Tally> {
+    let built = step(shell::cargo().args(["build", "--quiet", "--release"]))?;
+    if built.failed > 0 { Ok(built) } else { dist::trial() }
 }
 
 /// `cargo test` of the engine's models, in a target folder of their own: other flags, other objects.

@@ -11,6 +11,7 @@ mod bars;
 mod bench;
 mod checks;
 mod demo;
+mod dist;
 #[path = "../../cli/src/perf/figures.rs"]
 mod figures;
 mod packages;
@@ -36,6 +37,11 @@ cargo xtask COMMAND
       --no-install   do not install the programs that are measured (Debian, root)
       --before LIB   another build of libsmc.so to compare with
       --docs         put the table into docs/PERFORMANCE.md
+  install       what `cargo build --release` makes, with man pages and completions
+      --prefix DIR   where to: ~/.local, /usr/local
+  dist          an archive and a Debian package, in target/packages
+      --rdma         with libsmc-rdma.so (its build needs rdma-core, see rdma/Cargo.toml)
+      --into DIR     elsewhere
   test          everything below; ends with `N passed, N failed`
       --no-install   do not install the programs the end-to-end tests use
 
@@ -46,6 +52,7 @@ cargo xtask COMMAND
   loom          the models: every interleaving of the lock-free parts
   weak          the same models with one ordering or guard weakened: each must fail
   e2e           top-level tests/: unmodified programs under libsmc.so
+  package       what `dist` makes, installed, used and removed (the package: in a clean root, by root)
   rdma          rdma/: verbs and the kernel's SMC-R, in a VM with Soft-RoCE (Debian, root)
 
   vm COMMAND…   runs a command in that VM, with this machine's files
@@ -61,9 +68,15 @@ fn main() -> ExitCode {
     if command == "vm" {
         return vm::main(options);
     }
+    if command == "dist" {
+        return dist::dist(options);
+    }
+    if command == "install" {
+        return dist::install(options);
+    }
     let known: &[&str] = match command {
         "demo" => &["--quick", "--no-install", "--readme"],
-        "test" | "e2e" => &["--no-install"],
+        "test" | "e2e" | "package" => &["--no-install"],
         _ => &[],
     };
     if let Some(bad) = options.iter().find(|o| !known.contains(o)) {
