@@ -309,3 +309,89 @@ fn promises_name_tests_that_exist() {
         }
     }
 }
+
+/// What a table of docs/PROTOCOL.md whose head names `what` has: offsets and bytes.
+fn fields(what: &str) -> Vec<(usize, usize)> {
+    let text = document("docs/PROTOCOL.md");
+    let named = |l: &&str| l.starts_with("| offset") && l.contains(what);
+    let at = text.lines().position(|l| named(&l)).unwrap_or_else(|| panic!("no table of {what}"));
+    let rows = text.lines().skip(at + 2).take_while(|l| l.starts_with("| "));
+    let number = |cell: Option<&str>| cell.and_then(|c| c.trim().parse().ok());
+    let row = |l: &str| (number(l.split('|').nth(1)), number(l.split('|').nth(2)));
+    rows.map(row).map(|r| (r.0.expect("an offset"), r.1.expect("bytes"))).collect()
+}
+
+#[test]
+fn the_protocol_document_has_the_places_of_the_code() {
+    use smc::handshake::Side;
+    use smc::wire::clc::{Accept, Confirm, Decline, Message, Proposal, Sender, encode};
+    let sender = Sender {
+        layout_version: smc::mem::layout::LAYOUT_VERSION,
+        role: Side::Accept,
+        instance: 0x0101_0101_0101_0101,
+        pid: 0x0202_0202,
+        cookie: 0x0303_0303_0303_0303,
+    };
+    let four = |n: u8| u64::from(u32::from_ne_bytes([n; 4]));
+    let eight = |n: u8| u64::from_ne_bytes([n; 8]);
+    let proposal = Proposal {
+        sender,
+        ring_size: four(4) as u32,
+        known_instance: eight(5),
+        known_lgr: eight(6),
+        known_segments: eight(7),
+    };
+    let accept = Accept {
+        sender,
+        lgr: eight(4),
+        segment: 5,
+        first_contact: true,
+        segment_size: eight(7),
+        page: eight(8),
+        rings: [eight(9), eight(10)],
+        ring_size: four(6) as u32,
+    };
+    let confirm = Confirm { sender, lgr: eight(4), segment: four(5) as u32 };
+    let decline = Decline { instance: eight(4), diagnosis: four(5) as u32, out_of_sync: false };
+    // The last byte of each field in turn.
+    let last: [(&str, Message, &[u8]); 5] = [
+        ("`sender`", Message::Confirm(confirm), &[1, 1, 0, 1, 2, 3]),
+        ("`Proposal`", Message::Proposal(proposal), &[4, 5, 6, 7]),
+        ("`Accept`", Message::Accept(accept), &[4, 5, 6, 7, 8, 9, 10]),
+        ("`Confirm`", Message::Confirm(confirm), &[4, 5]),
+        ("`Decline`", Message::Decline(decline), &[4, 5, 0]),
+    ];
+    let text = document("docs/PROTOCOL.md");
+    for (what, message, values) in last {
+        let encoded = encode(&message);
+        let bytes = encoded.as_bytes();
+        let told = fields(what);
+        let found: Vec<u8> = told.iter().map(|(at, n)| bytes[at + n - 1]).collect();
+        assert_eq!(found, values, "{what}: docs/PROTOCOL.md has its fields elsewhere");
+        assert!(told.windows(2).all(|w| w[0].0 + w[0].1 == w[1].0), "{what}: gaps in docs/PROTOCOL.md");
+        if what != "`sender`" {
+            let end = told.last().map_or(0, |(at, n)| at + n + 4);
+            assert_eq!(bytes.len(), end, "{what}: other fields than in docs/PROTOCOL.md");
+            assert!(text.contains(&format!("{what}, {end} bytes")), "{what}: its length");
+        }
+    }
+
+    use smc::mem::layout::{CONN_PAGE_SIZE, HintLine, RxLine, SidePage, TxLine};
+    use std::mem::offset_of;
+    let (rx, ctl, hint) = (offset_of!(SidePage, rx), offset_of!(SidePage, ctl), offset_of!(SidePage, hint));
+    let page = [
+        (offset_of!(TxLine, prod), 8),
+        (offset_of!(TxLine, switch_at), 8),
+        (offset_of!(TxLine, rang), 4),
+        (offset_of!(TxLine, sndbuf), 4),
+        (rx + offset_of!(RxLine, cons), 8),
+        (rx + offset_of!(RxLine, stop_at), 8),
+        (rx + offset_of!(RxLine, ready), 4),
+        (rx + offset_of!(RxLine, rcvbuf), 4),
+        (ctl, 4),
+        (hint + offset_of!(HintLine, cpu), 4),
+        (hint + offset_of!(HintLine, detached), 4),
+    ];
+    assert_eq!(fields("`page`"), page, "the page in docs/PROTOCOL.md");
+    assert!(text.contains(&format!("{CONN_PAGE_SIZE} bytes, {} for each end", size_of::<SidePage>())));
+}
