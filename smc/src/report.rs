@@ -1,7 +1,7 @@
 //! What a process tells at its end (`SMC_STATS`) or along the way (`SMC_LOG`, `SMC_REQUIRE`).
 //!
 //! Lines go to standard error, and only as long as descriptor 2 is that: a server of inetd(8) has its connection
-//! there, and a daemon that has closed it gets the number for a file of its own ([`is_for_people`]).
+//! there, and a daemon that has closed it gets the number for a file of its own (`is_for_people`).
 
 use crate::arena::Slot;
 use crate::config::config;

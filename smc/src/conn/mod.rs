@@ -612,6 +612,9 @@ impl Socket {
         s.barred.fetch_or(1, Relaxed);
         self.phase.store(phase::OFF, Relaxed);
         crate::report::log_fallback(s, why);
+        // Nothing has switched, but somebody wants to hear of it.
+        #[cfg(feature = "tracing")]
+        self.set_changed();
     }
 
     /// The handshake is done: the mappings and the doorbell are this socket's.

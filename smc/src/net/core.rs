@@ -39,6 +39,9 @@ pub(super) struct Core {
     /// The mio registry that hears of it.
     #[cfg(feature = "mio")]
     pub watch: super::watch::Watch,
+    /// What a subscriber was told.
+    #[cfg(feature = "tracing")]
+    pub events: super::events::Events,
 }
 
 /// A counted reference to a [`Core`]: the last one closes.
@@ -101,6 +104,8 @@ impl Handle {
             reserved,
             #[cfg(feature = "mio")]
             watch: super::watch::Watch::default(),
+            #[cfg(feature = "tracing")]
+            events: super::events::Events::default(),
         });
         if tracked {
             books().all.insert(Arc::as_ptr(&core).addr(), core.clone());
@@ -151,6 +156,8 @@ impl Core {
         if !self.tracked {
             return drop(tcp);
         }
+        #[cfg(feature = "tracing")]
+        super::events::Events::closing(self);
         #[cfg(feature = "mio")]
         self.watch.end(self.fd, false);
         // First: a child of a fork that comes now does not hold what nobody there will close.

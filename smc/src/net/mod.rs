@@ -43,6 +43,20 @@
 //! there is `smc::net::tokio`. Other loops over `poll`, `epoll` or `select` see the TCP socket only, which is not where
 //! the bytes of an upgraded stream are; give them [`UpgradeAfter::Never`], or leave them to libsmc.so.
 //!
+//! # Events
+//!
+//! With the feature `tracing` the streams tell a subscriber of `tracing` what becomes of them, under the target `smc`:
+//!
+//! | message | level | fields |
+//! | --- | --- | --- |
+//! | `upgraded` | info | `local`, `peer`, `mode`, `ring_size`, `peer_pid` |
+//! | `stays on TCP` | info | `local`, `peer`, `reason` |
+//! | `back on TCP` | info | `local`, `peer`, `reason` |
+//! | `closed` | debug | `local`, `peer`, `best`, `tx_bytes_ring`, `rx_bytes_ring`, `tx_bytes_tcp`, `rx_bytes_tcp`, `polls`, `sleeps`, `doorbells` |
+//!
+//! They are told at the end of a call on the stream, when the stream holds nothing that the subscriber could wait for. What
+//! libsmc.so carries has none: see `docs/TROUBLESHOOTING.md` for its probes.
+//!
 //! # Settings
 //!
 //! A [`Builder`] has those of one stream or listener. The environment variables of the shim (`SMC_RMB_SIZE`,
@@ -62,6 +76,8 @@
 
 mod builder;
 mod core;
+#[cfg(feature = "tracing")]
+mod events;
 mod groups;
 mod listener;
 mod reader;

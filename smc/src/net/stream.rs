@@ -775,6 +775,8 @@ impl Core {
             if self.sock.take_changed() {
                 #[cfg(feature = "mio")]
                 self.watch.changed(self);
+                #[cfg(feature = "tracing")]
+                self.events.changed(self);
             }
         }
     }
