@@ -382,6 +382,7 @@ fn the_protocol_document_has_the_places_of_the_code() {
     let page = [
         (offset_of!(TxLine, prod), 8),
         (offset_of!(TxLine, switch_at), 8),
+        (offset_of!(TxLine, origin), 8),
         (offset_of!(TxLine, rang), 4),
         (offset_of!(TxLine, sndbuf), 4),
         (rx + offset_of!(RxLine, cons), 8),
