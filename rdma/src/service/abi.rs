@@ -1,7 +1,7 @@
 //! What libsmc.so calls, what it is told, and the kernel's calls that must not lead back into its hooks.
 #![allow(unsafe_code)]
 
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -31,6 +31,8 @@ unsafe impl Sync for HostTable {}
 static HOST: OnceLock<HostTable> = OnceLock::new();
 /// The service of this process; null in one that was forked from its, until it needs its own.
 static SERVICE: AtomicPtr<Service> = AtomicPtr::new(std::ptr::null_mut());
+/// Held while it is started.
+static STARTING: AtomicU32 = AtomicU32::new(0);
 static TABLE: Once<remote::Service> = Once::new();
 
 /// Tells what this library offers; null: it is of another version than who asks.
@@ -63,13 +65,17 @@ fn service() -> Option<&'static Service> {
     if let Some(s) = running() {
         return Some(s);
     }
+    // Threads may bring their first connections at once.
+    let _g = smc::lock::lock(&STARTING);
+    if let Some(s) = running() {
+        return Some(s);
+    }
     let host = host()?;
     // SAFETY: as libsmc.so has it: so many bytes, valid for ever.
     let bytes = unsafe { std::slice::from_raw_parts(host.eids, host.eids_len as usize) };
     let eids = bytes.chunks_exact(Eid::LEN).filter_map(|e| e.try_into().ok().map(Eid)).collect();
     let [a, b, ..] = sys::random_u32().to_ne_bytes();
     let made = Arc::into_raw(Service::start(Common { eids, salt: [a, b] })?).cast_mut();
-    // libsmc.so starts it under a lock of its own, so nobody else has.
     SERVICE.store(made, Ordering::Release);
     running()
 }
@@ -92,6 +98,7 @@ extern "C" fn drain(ms: u32) {
 extern "C" fn forked() {
     // The parent's thread may have been anywhere: nothing of it is touched, and its memory is not freed.
     SERVICE.store(std::ptr::null_mut(), Ordering::Release);
+    STARTING.store(0, Ordering::Relaxed);
 }
 
 /// Starts the thread, which takes no signal of the program's.
