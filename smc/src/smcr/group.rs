@@ -734,6 +734,10 @@ impl Group {
     pub fn delete_buffer(&mut self, index: usize) {
         let Some(keys) = self.own.get_mut(index).and_then(Option::take) else { return };
         self.waiting_rkeys.retain(|w| *w != index);
+        // The answer on its way is not to the next buffer with this index.
+        if let Some((told, ..)) = self.rkey.as_mut().filter(|(told, ..)| *told == index) {
+            *told = usize::MAX;
+        }
         let via = self.first_active();
         if let Some((via, key)) = via.and_then(|v| Some((v, keys.get(v).copied().flatten()?))) {
             let d = DeleteRkey { keys: vec![key.rkey], negative: false, unknown: 0 };

@@ -440,3 +440,16 @@ fn a_link_is_deleted_by_the_answer_about_it_and_no_other() {
     assert_eq!(w.links(0), [(1000, 2000)]);
     assert_eq!(w.links(1), w.links(0));
 }
+
+#[test]
+fn an_answer_about_a_buffer_that_is_gone_is_not_to_the_next_in_its_place() {
+    let mut w = start(Version::V2, 1);
+    run(&mut w);
+    w.add_buffer(1);
+    w.sides[1].group.delete_buffer(1);
+    w.add_buffer(1);
+    assert!(w.deliver(1) && w.deliver(0));
+    assert!(!w.sides[1].confirmed.contains(&1), "the peer has heard of the first only");
+    run(&mut w);
+    assert!(w.sides[1].confirmed.contains(&1));
+}

@@ -161,6 +161,8 @@ impl Rendezvous {
             },
             (State::Awaiting, Message::Proposal(p)) => {
                 self.state = State::Choosing(*p);
+                // The driver may wait for a link group in the making.
+                self.until = now + LINK_WAIT;
                 Step::Choose(*p)
             }
             (State::Confirming(a), Message::Confirm(c)) => {

@@ -191,6 +191,16 @@ fn messages_out_of_turn_and_other_bytes_break_it() {
     assert_eq!(declined(&sent(step)), Some(Diagnosis::VERSION_MISMATCH));
 }
 
+/// A client may make its first call long after it has connected; the server has time to choose all the same.
+#[test]
+fn a_proposal_that_comes_late_has_its_time() {
+    let mut s = Rendezvous::listen(PeerId([0; 8]), 0);
+    let bytes = clc::encode(&Message::Proposal(proposal(true)));
+    assert_eq!(s.handle_bytes(&bytes[..clc::HEADER_LEN], 60_000), None);
+    assert!(matches!(s.handle_bytes(&bytes, 60_000), Some(Step::Choose(_))));
+    assert_eq!((s.tick(60_000), s.deadline()), (None, Some(72_000)));
+}
+
 #[test]
 fn silence_leads_back_to_tcp() {
     let (mut c, _) = Rendezvous::propose(proposal(true), 100);
