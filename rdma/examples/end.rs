@@ -6,12 +6,15 @@
 //! WHAT: `up` the client sends and shuts down, the server answers with the count; `down` the server sends and closes;
 //! `both` at once in both directions; `echo` the client sends 64 bytes at a time and gets them back; `first` the server
 //! greets, then as `echo`; `rst` the server closes with bytes unread; `hang` the
-//! server says "hanging" and is killed. Each byte is checked.
+//! server says "hanging" and is killed; `slow` as `echo`, and once more over a connection whose server does not read
+//! before all others are through: the client fills it, the others go on, and then it says "open" and waits for a line.
+//! Each byte is checked.
 #![allow(clippy::print_stdout, clippy::unwrap_used)]
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
 use std::os::fd::FromRawFd;
+use std::sync::{Condvar, Mutex};
 use std::thread;
 
 const PIECE: usize = 48_611;
@@ -77,8 +80,60 @@ fn both(s: &TcpStream, bytes: u64) {
     });
 }
 
+/// Connections of `slow` that are through.
+static THROUGH: (Mutex<usize>, Condvar) = (Mutex::new(0), Condvar::new());
+
+/// `slow`, at the server: the first byte tells which connection it is, and how many others there are.
+fn serve_slow(mut s: TcpStream) {
+    let mut first = [0; 9];
+    s.read_exact(&mut first).unwrap();
+    let others = u64::from_be_bytes(first[1..].try_into().unwrap()) as usize;
+    if first[0] == b'e' {
+        echo(&s);
+        *THROUGH.0.lock().unwrap() += 1;
+        THROUGH.1.notify_all();
+        return;
+    }
+    drop(THROUGH.1.wait_while(THROUGH.0.lock().unwrap(), |n| *n < others).unwrap());
+    let n = receive(&s, None);
+    s.write_all(&n.to_be_bytes()).unwrap();
+}
+
+/// `slow`, at the client.
+fn connect_slow(all: Vec<TcpStream>, bytes: u64) {
+    let ([full, echoing @ ..], others) = (&all[..], all.len() as u64 - 1) else { return };
+    for (s, kind) in all.iter().zip(std::iter::once(b's').chain(std::iter::repeat(b'e'))) {
+        let mut first = vec![kind];
+        first.extend(others.to_be_bytes());
+        (&mut &*s).write_all(&first).unwrap();
+    }
+    full.set_nonblocking(true).unwrap();
+    let mut filled = 0;
+    let filling = loop {
+        let piece: Vec<u8> = (filled..filled + 8192).map(byte).collect();
+        match (&mut &*full).write(&piece) {
+            Ok(n) => filled += n as u64,
+            Err(e) => break e,
+        }
+    };
+    assert_eq!(filling.kind(), io::ErrorKind::WouldBlock);
+    full.set_nonblocking(false).unwrap();
+    echoing.iter().for_each(|s| ping(s, bytes));
+    println!("open");
+    io::stdin().read_line(&mut String::new()).unwrap();
+    for s in echoing {
+        s.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(receive(s, None), 0);
+    }
+    full.shutdown(Shutdown::Write).unwrap();
+    let mut n = [0; 8];
+    (&mut &*full).read_exact(&mut n).unwrap();
+    assert_eq!(u64::from_be_bytes(n), filled);
+}
+
 fn served(mut s: TcpStream, what: &str, bytes: u64) {
     match what {
+        "slow" => serve_slow(s),
         "up" => {
             let n = receive(&s, None);
             s.write_all(&n.to_be_bytes()).unwrap();
@@ -168,8 +223,12 @@ fn main() {
         ["connect", from, at, port, n, what, bytes] => {
             let at = SocketAddrV4::new(at.parse().unwrap(), port.parse().unwrap());
             let from: Ipv4Addr = from.parse().unwrap();
+            let n = n.parse::<usize>().unwrap();
+            if what == "slow" {
+                connect_slow((0..n).map(|_| dial(from, at)).collect(), bytes.parse().unwrap());
+            }
             thread::scope(|t| {
-                for _ in 0..n.parse::<usize>().unwrap() {
+                for _ in 0..if what == "slow" { 0 } else { n } {
                     t.spawn(move || connected(dial(from, at), what, bytes.parse().unwrap()));
                 }
             });

@@ -8,6 +8,7 @@
 //! reads or writes memory that is gone.
 #![allow(unsafe_code)]
 
+use std::collections::HashMap;
 use std::io;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -73,7 +74,8 @@ pub struct QueuePair {
     inline: u32,
     port: u8,
     gid_index: u8,
-    attached: Mutex<Vec<Arc<Region>>>,
+    /// By their addresses here.
+    attached: Mutex<HashMap<usize, Arc<Region>>>,
     domain: Arc<Domain>,
     queue: Arc<CompletionQueue>,
 }
@@ -198,22 +200,21 @@ impl QueuePair {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "a region of another domain"));
         }
         let mut attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
-        if !attached.iter().any(|r| Arc::ptr_eq(r, region)) {
-            attached.push(region.clone());
-        }
+        attached.insert(Arc::as_ptr(region) as usize, region.clone());
         Ok(())
     }
 
     /// Lets go of a region for which no work is under way.
     pub fn detach(&self, region: &Arc<Region>) {
         let mut attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
-        attached.retain(|r| !Arc::ptr_eq(r, region));
+        attached.remove(&(Arc::as_ptr(region) as usize));
     }
 
     /// The piece as the device has it, if it lies in an attached region.
     fn sge(&self, p: &Piece<'_>) -> io::Result<ibv_sge> {
         let attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
-        if !attached.iter().any(|r| Arc::ptr_eq(r, p.region)) || !p.region.has(p.offset, p.len as usize) {
+        let is_attached = attached.contains_key(&(Arc::as_ptr(p.region) as usize));
+        if !is_attached || !p.region.has(p.offset, p.len as usize) {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "a piece that is not attached"));
         }
         Ok(ibv_sge { addr: p.region.address() + p.offset as u64, length: p.len, lkey: p.region.lkey() })

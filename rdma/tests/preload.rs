@@ -11,6 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread;
+use std::time::Duration;
 
 /// The two addresses.
 fn ends() -> [String; 2] {
@@ -65,7 +66,7 @@ impl End {
         static NEXT: AtomicU16 = AtomicU16::new(0);
         let stats = library().join(format!("stats-{}", NEXT.fetch_add(1, Ordering::Relaxed)));
         let mut c = Command::new(program());
-        c.args(words).stdout(Stdio::piped());
+        c.args(words).stdin(Stdio::piped()).stdout(Stdio::piped());
         if !plain {
             c.env("LD_PRELOAD", library().join("libsmc.so")).env("SMC_STATS", &stats);
             c.env("SMC_PEERS", "10.77.0.0/24").env("SMC_TEST_REMOTE", "1");
@@ -150,6 +151,48 @@ fn the_server_speaks_first() {
 #[ignore = "needs SMC_TEST_RDMA"]
 fn connections_at_once() {
     by_rdma(6, "echo", 6_400, [38_400, 38_400]);
+}
+
+/// How many queue pairs, and how many pieces of registered memory, programs have on both devices.
+fn resources() -> [usize; 2] {
+    ["qp", "mr"].map(|kind| {
+        let told = Command::new("rdma").args(["resource", "show", kind]).output().unwrap();
+        assert!(told.status.success());
+        let lines = String::from_utf8(told.stdout).unwrap();
+        // Those of the kernel's have a name in brackets.
+        lines.lines().filter(|l| l.contains("pid ")).count()
+    })
+}
+
+/// Connections of two processes go by one link, in which one whose server does not read stops nobody; and when all are
+/// closed nothing of them is left, though the server lives.
+#[test]
+#[ignore = "needs SMC_TEST_RDMA"]
+fn connections_share_a_link_and_a_full_one_stops_no_other() {
+    let ([a, b], port, n) = (ends(), port().to_string(), 20);
+    let before = resources();
+    let count = n.to_string();
+    let mut server = End::start(&["serve", &b, &port, "21", "slow", "0"], false, &[]);
+    server.says("listening");
+    let mut client = End::start(&["connect", &a, &b, &port, &count, "slow", "640"], false, &[]);
+    client.says("open");
+    let [pairs, regions] = resources();
+    assert_eq!(pairs - before[0], 2, "one at each end");
+    // Two rings for each connection, and what the link itself sends from and receives into.
+    assert_eq!(regions - before[1], 2 * (2 * n + 2));
+    client.child.stdin.take().unwrap().write_all(b"\n").unwrap();
+    let client = client.ends("done");
+    let others = 19 * (640 + 9);
+    assert_eq!((client.rdma, client.tcp), (n as u64, 0));
+    assert!(client.rdma_tx > others, "{client:?}");
+    assert_eq!(client.rdma_rx, 19 * 640 + 8);
+    // The client has told that it ends.
+    let more = |now: [usize; 2]| now.iter().zip(before).any(|(now, before)| *now > before);
+    while more(resources()) {
+        thread::sleep(Duration::from_millis(50));
+    }
+    // It waits for one more.
+    assert!(server.child.try_wait().unwrap().is_none());
 }
 
 #[test]

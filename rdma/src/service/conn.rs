@@ -1,9 +1,9 @@
 //! One connection, from the Proposal to its end: its page, its stream, and its TCP socket.
 //!
 //! ```text
-//!  Greeting ── CLC, CONFIRM LINK ──> Rdma ── both ends have closed ──> Ending ── DELETE LINK ──> Over
-//!      │                              └── the link is gone, or the peer misbehaves: reset ────────^
-//!      └── declined, late, no CLC ──> Tcp ── what was written has gone there ────────────────────^
+//!  Greeting ── CLC, a link ──> Rdma ── both ends have closed ───────────────────────> Over
+//!      │                        └── the link is gone, or the peer misbehaves: reset ───^
+//!      └── declined, late, no CLC ──> Tcp ── what was written has gone there ──────────^
 //! ```
 //!
 //! The program may write and close at any time; its ring holds what it has written. In *Tcp* the ring's bytes are asked
@@ -11,8 +11,13 @@
 //! have declined, may still send a CLC message: until the first bytes of its stream show what they are, the program
 //! does not read TCP.
 //!
+//! What it had of its link group *trails* behind: the rings are the device's until all that was sent has arrived and the
+//! peer has said that it writes no more, or the group is gone.
+//!
 //! The end is told in this order: the last byte by RDMA, the CDC flag, and when that has arrived FIN by TCP. A peer
 //! that is libsmc does likewise, so its FIN without the flag is its death.
+
+use std::collections::VecDeque;
 
 use smc::conn::Side;
 use smc::reason::Reason;
@@ -23,7 +28,7 @@ use smc::sys;
 use smc::wire::smcr::Diagnosis;
 
 use super::flow::{Broken, Ends, Flow};
-use super::greeting::{Common, Greeting};
+use super::greeting::{Around, Greeting};
 use super::link::{Event, Link};
 use super::nic::Place;
 use super::page::Page;
@@ -46,7 +51,6 @@ pub enum Note {
 enum Phase {
     Greeting(Greeting),
     Rdma(Flow),
-    Ending(Flow),
     Tcp(Fallback),
     /// Told to libsmc.so, which goes first: the program must not find TCP's word before.
     Reset(Ends),
@@ -80,6 +84,10 @@ pub struct Conn {
     /// FIN or RST has come by TCP.
     hung_up: bool,
     notes: Vec<Note>,
+    /// What has come by the link.
+    mail: VecDeque<Event>,
+    /// What is left of it on its link.
+    trailing: Option<Flow>,
 }
 
 /// The code under which libsmc.so knows a diagnosis.
@@ -89,14 +97,15 @@ fn code(why: Diagnosis) -> u32 {
 
 impl Conn {
     /// A connection whose handshake begins.
-    pub fn new(page: Page, place: Place, common: &Common, now: Ms) -> Self {
+    pub fn new(page: Page, place: Place, at: &mut Around<'_>) -> Self {
         let (tcp, client) = (page.conn().tcp, page.conn().side == Side::Connect as u32);
-        let (greeting, first) = Greeting::new(client, &place, common, now);
+        let (greeting, first) = Greeting::new(client, &place, at.common, at.now);
         let phase = Phase::Greeting(greeting);
         let (closed, hurried, hung_up) = (false, false, false);
-        let mut conn = Self { phase, page, place, tcp, closed, hurried, hung_up, notes: Vec::new() };
+        let (notes, mail, trailing) = (Vec::new(), VecDeque::new(), None);
+        let mut conn = Self { phase, page, place, tcp, closed, hurried, hung_up, notes, mail, trailing };
         if let Some(step) = first {
-            conn.step(step, common, now);
+            conn.step(step, at);
         }
         conn
     }
@@ -107,22 +116,17 @@ impl Conn {
         &self.page
     }
 
-    /// The link's descriptor.
-    #[must_use]
-    pub fn link_fd(&self) -> Option<i32> {
-        self.flow().map(|f| f.link.fd())
-    }
-
     /// Nothing is left to do, and the program has let go.
     #[must_use]
     pub fn is_over(&self) -> bool {
-        matches!(self.phase, Phase::Over) && self.closed
+        matches!(self.phase, Phase::Over) && self.closed && self.trailing.is_none()
     }
 
     /// What the program had sent when it let go has arrived, or is TCP's.
     #[must_use]
     pub fn is_delivered(&self) -> bool {
-        !self.closed || self.tcp < 0 && !matches!(self.phase, Phase::Ending(_))
+        // A peer that is libsmc is let go of in order: its link group ends then.
+        !self.closed || self.tcp < 0 && self.trailing.as_ref().is_none_or(|f| !f.kin && f.has_told())
     }
 
     /// What is to be told.
@@ -130,12 +134,19 @@ impl Conn {
         std::mem::take(&mut self.notes)
     }
 
-    fn flow(&self) -> Option<&Flow> {
+    /// The link group that it is in.
+    #[must_use]
+    pub fn lgr(&self) -> Option<u32> {
         match &self.phase {
-            Phase::Greeting(g) => g.flow.as_ref(),
-            Phase::Rdma(f) | Phase::Ending(f) => Some(f),
+            Phase::Greeting(g) => g.lgr(),
+            Phase::Rdma(f) => Some(f.part.seat.lgr),
             Phase::Tcp(_) | Phase::Reset(_) | Phase::Over => None,
         }
+    }
+
+    /// Something has come by the link.
+    pub fn hears(&mut self, e: Event) {
+        self.mail.push_back(e);
     }
 
     /// The doorbell has rung.
@@ -158,59 +169,64 @@ impl Conn {
         self.hung_up |= self.tcp >= 0 && tcp::has_ended(self.tcp);
     }
 
-    /// The device has told something.
-    pub fn told(&mut self, what: crate::device::Event, now: Ms) {
-        let flow = match &mut self.phase {
-            Phase::Greeting(g) => g.flow.as_mut(),
-            Phase::Rdma(f) | Phase::Ending(f) => Some(f),
-            Phase::Tcp(_) | Phase::Reset(_) | Phase::Over => None,
-        };
-        if let Some(f) = flow {
-            f.link.told(what, now);
-        }
-    }
-
     /// When [`Self::work`] is due for the time alone.
     #[must_use]
     pub fn deadline(&self) -> Option<Ms> {
-        let link = self.flow().and_then(|f| f.link.deadline());
-        let own = match &self.phase {
+        match &self.phase {
             Phase::Greeting(g) if g.met => g.clc.deadline(),
             Phase::Greeting(g) => g.until(),
             Phase::Tcp(t) => t.begun.map(|at| at + START_WAIT),
             _ => None,
-        };
-        [link, own].into_iter().flatten().min()
+        }
     }
 
-    /// Arms all that may wake a sleeper. Look once more after this.
+    /// Arms what may wake a sleeper. Look once more after this.
     pub fn arm(&self) {
         self.page.arm(matches!(&self.phase, Phase::Rdma(f) if f.stream.owes_room()));
-        if let Some(f) = self.flow() {
-            // A queue that can't be armed is one of a device that is gone, which its events tell.
-            let _ = f.link.arm();
-        }
     }
 
     /// Does what there is to do; false: there was nothing.
-    pub fn work(&mut self, common: &Common, now: Ms) -> bool {
-        match self.phase {
-            Phase::Greeting(_) => self.greet(common, now),
-            Phase::Rdma(_) => self.carry(now).unwrap_or_else(|Broken| {
-                self.reset();
+    pub fn work(&mut self, at: &mut Around<'_>) -> bool {
+        let trails = self.trail(at);
+        let moved = match self.phase {
+            Phase::Greeting(_) => self.greet(at),
+            Phase::Rdma(_) => self.carry(at).unwrap_or_else(|Broken| {
+                self.reset(at);
                 true
             }),
-            Phase::Ending(_) => self.end(now),
-            Phase::Tcp(_) => self.fall_back(now),
+            Phase::Tcp(_) => self.fall_back(at.now),
             Phase::Reset(ends) => self.leave(ends),
             Phase::Over => self.closed && self.close_tcp(),
+        };
+        moved | trails
+    }
+
+    /// What is left on the link.
+    fn trail(&mut self, at: &mut Around<'_>) -> bool {
+        let Some(f) = &mut self.trailing else {
+            // Nobody is there for what may still come.
+            if !matches!(self.phase, Phase::Greeting(_) | Phase::Rdma(_)) {
+                self.mail.clear();
+            }
+            return false;
+        };
+        // A peer that breaks the rules now has nothing more to say that counts.
+        let heard = f.listen(&mut self.mail).unwrap_or(true);
+        let said = f.transmit(at.lgrs, at.id).unwrap_or(false);
+        if f.is_done(at.lgrs, self.hurried)
+            && let Some(f) = self.trailing.take()
+        {
+            at.lgrs.leave(f.part, at.now);
+            return true;
         }
+        heard | said
     }
 
     // The handshake.
 
-    fn greet(&mut self, common: &Common, now: Ms) -> bool {
-        let moved = self.hear(common, now) | self.link_up(common, now);
+    fn greet(&mut self, at: &mut Around<'_>) -> bool {
+        let now = at.now;
+        let moved = self.hear(at) | self.link_up(at);
         let sent = self.page.sent(0);
         let Phase::Greeting(g) = &mut self.phase else { return true };
         let (some, left) = sent.map_or((true, true), |r| (r.bytes > 0, r.left));
@@ -220,13 +236,13 @@ impl Conn {
         let late = ends || !g.met && g.until().is_some_and(|at| now >= at);
         if late && !g.met && !g.is_client() {
             // A Decline would be garbage to who does not speak SMC, and who does sees that the program's bytes are none.
-            self.goes_by_tcp(Diagnosis::PEER_NO_SMC, true);
+            self.goes_by_tcp(Diagnosis::PEER_NO_SMC, true, at);
             return true;
         }
         let gone = self.hung_up && tcp::peek(self.tcp, 1).is_empty();
         if gone && !g.met {
             // There will be no answer.
-            self.goes_by_tcp(Diagnosis::PEER_NO_SMC, false);
+            self.goes_by_tcp(Diagnosis::PEER_NO_SMC, false, at);
             return true;
         }
         let step = match (late, g.met) {
@@ -236,13 +252,13 @@ impl Conn {
         };
         let given_up = step.is_some();
         if let Some(step) = step {
-            self.step(step, common, now);
+            self.step(step, at);
         }
         moved | given_up
     }
 
     /// Reads as much of TCP as the handshake wants, and not a byte more.
-    fn hear(&mut self, common: &Common, now: Ms) -> bool {
+    fn hear(&mut self, at: &mut Around<'_>) -> bool {
         let mut moved = false;
         loop {
             let Phase::Greeting(g) = &mut self.phase else { return true };
@@ -251,16 +267,16 @@ impl Conn {
             if bytes.is_empty() {
                 return moved;
             }
-            match g.clc.handle_bytes(&bytes, now) {
+            match g.clc.handle_bytes(&bytes, at.now) {
                 Some(Step::Broken(_)) if !g.met => {
                     // The peer's program speaks, and not SMC: all of it is for ours.
-                    self.goes_by_tcp(Diagnosis::PEER_NO_SMC, false);
+                    self.goes_by_tcp(Diagnosis::PEER_NO_SMC, false, at);
                     return true;
                 }
                 Some(step) => {
                     g.met = true;
                     tcp::take(self.tcp, bytes.len());
-                    self.step(step, common, now);
+                    self.step(step, at);
                     moved = true;
                 }
                 None if g.clc.wants() > bytes.len() && bytes.len() == wants => {}
@@ -269,75 +285,80 @@ impl Conn {
         }
     }
 
-    fn step(&mut self, step: Step, common: &Common, now: Ms) {
-        let mut steps = std::collections::VecDeque::from([step]);
+    fn step(&mut self, step: Step, at: &mut Around<'_>) {
+        let mut steps = VecDeque::from([step]);
         while let Some(step) = steps.pop_front() {
             let Phase::Greeting(g) = &mut self.phase else { return };
             match step {
                 Step::Send(m) => {
                     if !tcp::send(self.tcp, &m) {
-                        return self.reset();
+                        return self.reset(at);
                     }
                     if let Some(why) = declined(&m) {
-                        return self.goes_by_tcp(why, true);
+                        return self.goes_by_tcp(why, true, at);
                     }
                 }
                 Step::Choose(p) => {
-                    let choice = g.choose(&p, &self.place, common, &self.page);
-                    steps.push_back(g.clc.chosen(choice, now));
+                    let choice = g.choose(&p, &self.place, &self.page, at);
+                    steps.extend(choice.map(|c| g.clc.chosen(c, at.now)));
                 }
                 Step::Prepare(peer) => {
-                    let prepared = g.prepare(&peer, &self.place, &self.page, now);
-                    steps.extend(g.clc.prepared(prepared, now));
+                    if let Some(prepared) = g.prepare(&peer, &self.place, &self.page, at) {
+                        steps.extend(g.clc.prepared(prepared, at.now));
+                    }
                 }
                 Step::Link => {}
-                Step::Done => return self.goes_by_rdma(),
-                Step::Fallback(why, _) => return self.goes_by_tcp(why, false),
-                Step::Broken(_) => return self.reset(),
+                Step::Done => return self.goes_by_rdma(at),
+                Step::Fallback(why, unknown) => {
+                    if let Some(lgr) = g.lgr().filter(|_| unknown) {
+                        at.lgrs.forget(lgr);
+                    }
+                    return self.goes_by_tcp(why, false, at);
+                }
+                Step::Broken(_) => return self.reset(at),
             }
         }
     }
 
-    /// First contact: until the link group is ready.
-    fn link_up(&mut self, common: &Common, now: Ms) -> bool {
-        let Phase::Greeting(g) = &mut self.phase else { return true };
-        let Some(f) = &mut g.flow else { return false };
-        let mut events = Vec::new();
-        let moved = f.link.progress(now, &mut events);
-        let mut result = if moved.is_err() { Some(Err(Diagnosis::INTERNAL_READY_LINK)) } else { None };
-        for e in events {
-            match e {
-                Event::Ready => result = Some(Ok(())),
-                Event::Ended(why) => result = Some(Err(Link::diagnosis(why))),
+    /// What has come by the link, or is to be looked at again.
+    fn link_up(&mut self, at: &mut Around<'_>) -> bool {
+        let moved = !self.mail.is_empty();
+        while let Phase::Greeting(g) = &mut self.phase
+            && let Some(e) = self.mail.pop_front()
+        {
+            let steps = match e {
+                Event::Ready => vec![g.clc.linked(Ok(()))],
+                Event::Ended(why) => vec![g.clc.give_up(Link::diagnosis(why))],
+                Event::Keyed(index, ok) => g.resume(Some((index, ok)), &self.place, &self.page, at),
+                Event::Look => g.resume(None, &self.place, &self.page, at),
                 // The peer may be ready before we are.
-                Event::Cdc(m) if f.heard(&m).is_err() => result = Some(Err(Diagnosis::INTERNAL)),
-                Event::Cdc(_) | Event::Sent(..) => {}
-            }
+                Event::Cdc(m) => {
+                    g.early.push(m);
+                    Vec::new()
+                }
+                Event::Sent(..) => Vec::new(),
+            };
+            steps.into_iter().for_each(|s| self.step(s, at));
         }
-        let Some(result) = result else { return moved.unwrap_or(true) };
-        let step = g.clc.linked(result);
-        self.step(step, common, now);
-        true
+        moved
     }
 
-    fn goes_by_rdma(&mut self) {
-        let flow = match std::mem::replace(&mut self.phase, Phase::Over) {
-            Phase::Greeting(g) => g.flow,
-            _ => None,
-        };
-        match flow {
-            Some(flow) => {
-                self.phase = Phase::Rdma(flow);
-                self.notes.push(Note::Says(says::RDMA, 0));
-            }
-            None => self.reset(),
-        }
+    fn goes_by_rdma(&mut self, at: &mut Around<'_>) {
+        let Phase::Greeting(g) = &mut self.phase else { return };
+        let early = std::mem::take(&mut g.early);
+        let Some(flow) = g.flow.take() else { return self.reset(at) };
+        early.into_iter().rev().for_each(|m| self.mail.push_front(Event::Cdc(m)));
+        self.phase = Phase::Rdma(flow);
+        self.notes.push(Note::Says(says::RDMA, 0));
     }
 
     // Back on TCP.
 
     /// `late`: a CLC message of the peer's may still come.
-    fn goes_by_tcp(&mut self, why: Diagnosis, late: bool) {
+    fn goes_by_tcp(&mut self, why: Diagnosis, late: bool, at: &mut Around<'_>) {
+        if let Phase::Greeting(g) = &mut self.phase {
+            g.leave(at.lgrs, at.now);
+        }
         // The program's side moves what it has written, unless it has left the ring before.
         let left = !self.page.stop(0);
         let end = if left { self.page.sent(0).map_or(0, |r| r.bytes) } else { 0 };
@@ -384,10 +405,10 @@ impl Conn {
 
     // By RDMA.
 
-    fn carry(&mut self, now: Ms) -> Result<bool, Broken> {
+    fn carry(&mut self, at: &mut Around<'_>) -> Result<bool, Broken> {
         let Phase::Rdma(f) = &mut self.phase else { return Ok(true) };
-        let heard = f.listen(now)?;
-        let moved = heard | f.exchange(&self.page, self.closed, self.tcp)?;
+        let heard = f.listen(&mut self.mail)?;
+        let moved = heard | f.exchange(&self.page, self.closed, self.tcp)? | f.transmit(at.lgrs, at.id)?;
         if f.tell(&self.page) {
             self.notes.push(Note::Attend);
             if f.ends.left && f.ends.stopped {
@@ -395,6 +416,7 @@ impl Conn {
                 self.notes.insert(0, Note::Says(says::TCP, 0));
             }
         }
+        // The link was looked at since: what had come before the FIN is heard.
         let dead = self.hung_up && !heard && !f.ends.left && (f.kin || sys::tcp_is_closed(self.tcp));
         if f.stream.is_reset() && !self.closed || f.ended.is_some() && !f.is_settled() || dead && !self.closed
         {
@@ -423,29 +445,26 @@ impl Conn {
         let over = f.ended.is_some() || f.stream.is_over() || self.hurried && f.kin;
         let mut moved = self.close_tcp();
         if over {
-            if let Phase::Rdma(mut f) = std::mem::replace(&mut self.phase, Phase::Over) {
-                f.link.terminate();
-                self.phase = Phase::Ending(f);
+            if let Phase::Rdma(f) = std::mem::replace(&mut self.phase, Phase::Over) {
+                self.trailing = Some(f);
             }
             moved = true;
         }
         moved
     }
 
-    /// The link group was this connection's only, and ends with it.
-    fn end(&mut self, now: Ms) -> bool {
-        let Phase::Ending(f) = &mut self.phase else { return true };
-        let moved = f.listen(now);
-        if moved.is_err() || f.link.is_quiet() {
-            self.phase = Phase::Over;
-            return true;
-        }
-        moved.unwrap_or(true)
-    }
-
     /// The connection can't go on: both ends hear of a reset.
-    fn reset(&mut self) {
-        let ends = self.flow().map(|f| f.ends).unwrap_or_default();
+    fn reset(&mut self, at: &mut Around<'_>) {
+        let mut ends = Ends::default();
+        match std::mem::replace(&mut self.phase, Phase::Over) {
+            Phase::Greeting(mut g) => g.leave(at.lgrs, at.now),
+            Phase::Rdma(mut f) => {
+                ends = f.ends;
+                f.stream.abort();
+                self.trailing = Some(f);
+            }
+            Phase::Tcp(_) | Phase::Reset(_) | Phase::Over => {}
+        }
         self.phase = Phase::Reset(ends);
         if self.tcp >= 0 {
             tcp::reset(self.tcp);

@@ -1,16 +1,16 @@
 //! A connection on its link: between the page, where the program is, and the stream, which goes over the link.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
 
+use smc::smcr::Misbehaved;
 use smc::smcr::group::{Ended, Key};
 use smc::smcr::stream::Stream;
-use smc::smcr::{Misbehaved, Ms};
 use smc::wire::smcr::cdc::Cdc;
 
-use super::link::{Event, Link};
+use super::lgr::{Lgrs, Part};
+use super::link::Event;
 use super::page::Page;
 use super::tcp;
-use crate::memory::Region;
 
 /// Why a connection can't go on: the peer has broken the rules, or the device has failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,26 +22,20 @@ impl From<Misbehaved> for Broken {
     }
 }
 
-/// See the module. The link goes before the memory that it writes from and into.
+/// See the module.
 #[derive(Debug)]
 pub struct Flow {
-    /// The link.
-    pub link: Link,
+    /// Its place in the link group, and the rings.
+    pub part: Part,
     /// The machine.
     pub stream: Stream,
-    /// Our alert token.
-    pub token: u32,
     /// The peer's RMBE.
     pub peer: Key,
-    /// The ring that the peer writes into.
-    pub rmb: Arc<Region>,
-    /// The ring that is sent from.
-    pub buffer: Arc<Region>,
     /// The peer is libsmc.
     pub kin: bool,
     /// How far the program and the peer know of each other's ends.
     pub ends: Ends,
-    /// Why the link is gone.
+    /// Why the link group is at its end.
     pub ended: Option<Ended>,
 }
 
@@ -65,25 +59,43 @@ pub struct Ends {
 }
 
 impl Flow {
-    /// A message for this connection, or for one that is gone.
+    /// A message.
     pub fn heard(&mut self, m: &Cdc) -> Result<(), Broken> {
-        if m.token == self.token {
-            self.stream.handle_cdc(m)?;
-        }
+        self.stream.handle_cdc(m)?;
         Ok(())
     }
 
-    /// What the link has: messages, completions, its end. False: nothing.
-    pub fn listen(&mut self, now: Ms) -> Result<bool, Broken> {
-        let mut events = Vec::new();
-        let moved = self.link.progress(now, &mut events).map_err(|_| Broken)?;
-        for e in events {
+    /// What has come: messages, completions, the link's end. False: nothing.
+    pub fn listen(&mut self, mail: &mut VecDeque<Event>) -> Result<bool, Broken> {
+        let some = !mail.is_empty();
+        while let Some(e) = mail.pop_front() {
             match e {
                 Event::Cdc(m) => self.heard(&m)?,
-                Event::Sent(token, seq) if token == self.token => _ = self.stream.completed(seq),
+                Event::Sent(_, seq) => _ = self.stream.completed(seq),
                 Event::Ended(why) => self.ended = Some(why),
-                Event::Sent(..) | Event::Ready => {}
+                Event::Ready | Event::Keyed(..) | Event::Look => {}
             }
+        }
+        Ok(some)
+    }
+
+    /// What there is to say goes by the link, as far as it has room; `id` hears when it has more. False: nothing.
+    pub fn transmit(&mut self, lgrs: &mut Lgrs, id: u32) -> Result<bool, Broken> {
+        let (lgr, token) = (self.part.seat.lgr, self.part.seat.token);
+        let mut moved = false;
+        while self.ended.is_none()
+            && let Some(link) = lgrs.link(lgr)
+        {
+            if !link.has_room() {
+                lgrs.starve(lgr, id);
+                break;
+            }
+            let Some(t) = self.stream.poll_transmit() else { break };
+            link.transmit(token, &t, &self.part.buffer, self.peer).map_err(|_| Broken)?;
+            moved = true;
+        }
+        if moved {
+            lgrs.heat(lgr);
         }
         Ok(moved)
     }
@@ -106,13 +118,7 @@ impl Flow {
             self.ends.closing = true;
             if tcp::resets_at_close(fd) { self.stream.abort() } else { self.stream.close() }
         }
-        let mut moved = self.stream.places() != was;
-        while self.ended.is_none() && self.link.has_room() {
-            let Some(t) = self.stream.poll_transmit() else { break };
-            self.link.transmit(self.token, &t, &self.buffer, self.peer).map_err(|_| Broken)?;
-            moved = true;
-        }
-        Ok(moved)
+        Ok(self.stream.places() != was)
     }
 
     /// What the peer has done goes to the program. True: it may have to be told to look.
@@ -152,5 +158,23 @@ impl Flow {
     pub fn is_settled(&self) -> bool {
         let said = self.stream.said();
         self.stream.heard().closed || (said.closed || said.abort) && self.stream.in_flight() == 0
+    }
+
+    /// Whether all that there is to say has arrived, its end included.
+    #[must_use]
+    pub fn has_told(&self) -> bool {
+        let said = self.stream.said();
+        (said.closed || said.abort) && self.stream.in_flight() == 0 || self.ended.is_some()
+    }
+
+    /// Whether the device and the peer have no more to do with the rings. `hurried`: the process ends, and with it the
+    /// group.
+    #[must_use]
+    pub fn is_done(&self, lgrs: &mut Lgrs, hurried: bool) -> bool {
+        let heard = self.stream.heard();
+        // A peer that has not closed writes, as long as it does not know.
+        let over =
+            self.ended.is_none() && self.has_told() && (heard.closed || heard.abort || hurried && self.kin);
+        over || lgrs.link(self.part.seat.lgr).is_none()
     }
 }

@@ -1,22 +1,30 @@
-//! The handshake of one connection: the CLC machine, and what it has made of queue pairs and memory.
+//! The handshake of one connection: the CLC machine, and what it has made of link groups and memory.
 //!
-//! Each connection has a link group of its own, with one link: release 2.1 lets either end ask for that.
-
-use std::sync::Arc;
+//! ```text
+//!  server  Proposal: a group with room ── our buffer is told ──> Accept ── Confirm ──> done
+//!                    one in the making ── when it is ready ──^
+//!                    none: first contact ── Accept ── Confirm ── CONFIRM LINK ──> done
+//!  client  Accept:   the group that it names ── our buffer is told ──> Confirm, done
+//!                    first contact ── Confirm ── CONFIRM LINK ──> done
+//! ```
+//!
+//! A link group has one link: release 2.1 lets either end ask for that.
 
 use smc::smcr::Ms;
 use smc::smcr::group::{Key, Port, Role, Terms};
 use smc::smcr::rendezvous::{Rendezvous, Step, agreed, common_eid};
 use smc::smcr::stream::{Sizes, Stream};
 use smc::sys;
+use smc::wire::smcr::cdc::Cdc;
 use smc::wire::smcr::clc::{Endpoint, FirstContact, LIBSMC, Local, OfferV2, PartV2, Proposal};
 use smc::wire::smcr::{Diagnosis, Eid, Few, PeerId, RmbeSize, Version};
 
 use super::flow::{Ends, Flow};
+use super::lgr::{Found, Lgrs, Part, Seat, Who};
 use super::link::Half;
 use super::nic::Place;
 use super::page::Page;
-use crate::memory::Region;
+use crate::device::Domain;
 
 /// Linux.
 const OS: u8 = 2;
@@ -36,14 +44,37 @@ pub struct Common {
     pub salt: [u8; 2],
 }
 
-/// This end, as the peer is to know it, before the peer is known.
+/// What a handshake works with.
+#[derive(Debug)]
+pub struct Around<'a> {
+    /// What all connections have in common.
+    pub common: &'a Common,
+    /// The link groups.
+    pub lgrs: &'a mut Lgrs,
+    /// The connection's number in the service.
+    pub id: u32,
+    /// The time.
+    pub now: Ms,
+}
+
+/// This end, as the peer is to know it.
 #[derive(Debug)]
 struct Mine {
-    half: Half,
-    rmb: Arc<Region>,
-    buffer: Arc<Region>,
-    token: u32,
+    part: Part,
+    /// First contact: the queue pair, before the other end is known.
+    half: Option<Half>,
     size: RmbeSize,
+}
+
+/// What is waited for, apart from the peer's next message.
+#[derive(Clone, Copy, Debug)]
+#[allow(clippy::large_enum_variant)]
+enum Wait {
+    Nothing,
+    /// Server: for a group in the making.
+    Group(Proposal),
+    /// For the answer to CONFIRM RKEY; then this is what our end is.
+    Key(Endpoint),
 }
 
 /// See the module.
@@ -57,12 +88,17 @@ pub struct Greeting {
     pub waits: Option<Ms>,
     /// The connection on its link, once both ends are known.
     pub flow: Option<Flow>,
+    /// What the peer has sent before that.
+    pub early: Vec<Cdc>,
     local: Local,
     client: bool,
     /// What was offered: by us, or to us.
     offer: Option<OfferV2>,
-    /// A server's own end and what was said of it, until the client's is known.
-    mine: Option<(Mine, Endpoint)>,
+    wait: Wait,
+    /// Our own end, until the connection is on its link.
+    mine: Option<Mine>,
+    /// A server's Accept; a client's is the peer's.
+    accept: Option<Endpoint>,
 }
 
 fn random() -> [u8; 8] {
@@ -100,7 +136,19 @@ impl Greeting {
             }
             None => (Rendezvous::listen(me, now), None),
         };
-        let g = Self { clc, met: false, waits: None, flow: None, local, client, offer, mine: None };
+        let g = Self {
+            clc,
+            met: false,
+            waits: None,
+            flow: None,
+            early: Vec::new(),
+            local,
+            client,
+            offer,
+            wait: Wait::Nothing,
+            mine: None,
+            accept: None,
+        };
         (g, step)
     }
 
@@ -116,16 +164,50 @@ impl Greeting {
         self.waits.map(|at| at + PATIENCE)
     }
 
-    /// Server: what is accepted of a Proposal.
+    /// What was made for this is given back.
+    pub fn leave(&mut self, lgrs: &mut Lgrs, now: Ms) {
+        let parts = self.mine.take().map(|m| m.part).into_iter().chain(self.flow.take().map(|f| f.part));
+        parts.for_each(|part| lgrs.leave(part, now));
+    }
+
+    fn who(&self, role: Role, peer: PeerId, eid: Eid, page: &Page) -> Who {
+        Who { role, peer, ends: [page.conn().local, page.conn().peer], eid }
+    }
+
+    /// Server: what is accepted of a Proposal. None: [`Self::resume`] says it later.
     pub fn choose(
         &mut self,
         p: &Proposal,
         place: &Place,
-        common: &Common,
         page: &Page,
+        at: &mut Around<'_>,
+    ) -> Option<Result<Endpoint, Diagnosis>> {
+        let offer = match p.v2.ok_or(Diagnosis::NO_V2_EXTENSION) {
+            Ok(o) => o,
+            Err(why) => return Some(Err(why)),
+        };
+        let Some(eid) = common_eid(&offer, &at.common.eids) else { return Some(Err(Diagnosis::NO_UEID)) };
+        self.offer = Some(offer);
+        let who = self.who(Role::Server, p.local.peer, eid, page);
+        match at.lgrs.find(&who, at.id) {
+            Found::Later => {
+                self.wait = Wait::Group(*p);
+                None
+            }
+            Found::Ready(lgr) => self.join(lgr, eid, page, at).err().map(Err),
+            Found::Nothing => Some(self.first(who, &offer, place, page, at)),
+        }
+    }
+
+    /// Server, first contact.
+    fn first(
+        &mut self,
+        who: Who,
+        offer: &OfferV2,
+        place: &Place,
+        page: &Page,
+        at: &mut Around<'_>,
     ) -> Result<Endpoint, Diagnosis> {
-        let offer = p.v2.ok_or(Diagnosis::NO_V2_EXTENSION)?;
-        let eid = common_eid(&offer, &common.eids).ok_or(Diagnosis::NO_UEID)?;
         let first = FirstContact {
             direct: true,
             os: OS,
@@ -136,114 +218,232 @@ impl Greeting {
             features: 0,
             vendor: LIBSMC,
         };
-        self.offer = Some(offer);
-        let mine = Mine::new(place, page)?;
-        let accept = mine.endpoint(&self.local, PartV2 { eid, first: Some(first), gids: Few::new() });
-        self.mine = Some((mine, accept));
+        let mine = Mine::new(who, place, page, at)?;
+        let v2 = PartV2 { eid: who.eid, first: Some(first), gids: Few::new() };
+        let accept = mine.endpoint(&self.local, v2, at.lgrs);
+        self.mine = Some(mine);
+        let accept = accept.ok_or(Diagnosis::INTERNAL)?;
+        self.accept = Some(accept);
         Ok(accept)
     }
 
-    /// The link to the peer's end, receiving. A client's Confirm names its own.
+    /// A connection of a group that there is: the peer is told of our buffer.
+    fn join(&mut self, lgr: u32, eid: Eid, page: &Page, at: &mut Around<'_>) -> Result<(), Diagnosis> {
+        let mine = Mine::joining(lgr, page, at)?;
+        let v2 = PartV2 { eid, first: None, gids: Few::new() };
+        let end = mine.endpoint(&self.local, v2, at.lgrs);
+        self.mine = Some(mine);
+        self.wait = Wait::Key(end.ok_or(Diagnosis::NO_ACTIVE_LINK)?);
+        Ok(())
+    }
+
+    /// What was waited for is there: the peer knows our buffer, or will not; or another look at the groups is due.
+    pub fn resume(
+        &mut self,
+        keyed: Option<(usize, bool)>,
+        place: &Place,
+        page: &Page,
+        at: &mut Around<'_>,
+    ) -> Vec<Step> {
+        match (std::mem::replace(&mut self.wait, Wait::Nothing), keyed) {
+            (Wait::Group(p), None) => {
+                let choice = self.choose(&p, place, page, at);
+                choice.map(|c| self.clc.chosen(c, at.now)).into_iter().collect()
+            }
+            (Wait::Key(end), Some((index, ok))) if self.is_buffer(index) => {
+                let end = if ok { Ok(end) } else { Err(Diagnosis::NO_MEMORY) };
+                if self.client {
+                    self.clc.prepared(end.map(Some).map_err(|why| (why, false)), at.now)
+                } else {
+                    self.accept = end.ok();
+                    vec![self.clc.chosen(end, at.now)]
+                }
+            }
+            (was, _) => {
+                self.wait = was;
+                Vec::new()
+            }
+        }
+    }
+
+    fn seat(&self) -> Option<&Seat> {
+        self.flow.as_ref().map(|f| &f.part.seat).or(self.mine.as_ref().map(|m| &m.part.seat))
+    }
+
+    fn is_buffer(&self, index: usize) -> bool {
+        self.seat().is_some_and(|s| s.buffer == Some(index))
+    }
+
+    /// The link group that it has a seat in.
+    #[must_use]
+    pub fn lgr(&self) -> Option<u32> {
+        self.seat().map(|s| s.lgr)
+    }
+
+    /// The link to the peer's end, receiving. A client's Confirm names its own. None: [`Self::resume`] says it later.
+    #[allow(clippy::type_complexity)]
     pub fn prepare(
         &mut self,
         peer: &Endpoint,
         place: &Place,
         page: &Page,
-        now: Ms,
-    ) -> Result<Option<Endpoint>, (Diagnosis, bool)> {
-        // There is no group that anything but first contact could mean.
-        if !peer.first_contact {
-            return Err((Diagnosis::SYNC_ERROR, true));
-        }
-        self.link_to(peer, place, page, now).map_err(|why| (why, false))
+        at: &mut Around<'_>,
+    ) -> Option<Result<Option<Endpoint>, (Diagnosis, bool)>> {
+        let prepared = match (self.client, peer.first_contact) {
+            (true, true) => self.prepare_first(peer, place, page, at),
+            (false, true) => self.begin(peer, at).map(|()| None),
+            (false, false) => self.known(peer, at).map(|()| None),
+            (true, false) => return self.prepare_next(peer, page, at).err().map(Err),
+        };
+        Some(prepared.map_err(|why| (why, false)))
     }
 
-    fn link_to(
+    /// Client, first contact.
+    fn prepare_first(
         &mut self,
-        peer: &Endpoint,
+        accept: &Endpoint,
         place: &Place,
         page: &Page,
-        now: Ms,
+        at: &mut Around<'_>,
     ) -> Result<Option<Endpoint>, Diagnosis> {
-        let offer = self.offer.ok_or(Diagnosis::INTERNAL)?;
-        let (role, mine, accept) = match self.mine.take() {
-            Some((mine, accept)) => (Role::Server, mine, accept),
-            None => (Role::Client, Mine::new(place, page)?, *peer),
-        };
+        let part = accept.v2.ok_or(Diagnosis::VERSION_MISMATCH)?;
+        let who = self.who(Role::Client, accept.local.peer, part.eid, page);
+        let mine = Mine::new(who, place, page, at)?;
+        let first = part.first.map(|f| FirstContact {
+            direct: true,
+            os: OS,
+            host: host(),
+            features: 0,
+            vendor: LIBSMC,
+            ..f
+        });
+        let gids = Few::of(&[self.local.gid]).unwrap_or_default();
+        let confirm = mine.endpoint(&self.local, PartV2 { eid: part.eid, first, gids }, at.lgrs);
+        self.mine = Some(mine);
+        let mut confirm = confirm.ok_or(Diagnosis::INTERNAL)?;
+        confirm.mtu = confirm.mtu.min(accept.mtu);
+        self.accept = Some(*accept);
+        self.begin(accept, at)?;
+        Ok(Some(confirm))
+    }
+
+    /// Both ends of a first contact are known.
+    fn begin(&mut self, peer: &Endpoint, at: &mut Around<'_>) -> Result<(), Diagnosis> {
+        let (offer, accept) =
+            (self.offer.ok_or(Diagnosis::INTERNAL)?, self.accept.ok_or(Diagnosis::INTERNAL)?);
         let agreed = agreed(&offer, &accept)?;
+        let mine = self.mine.as_mut().ok_or(Diagnosis::INTERNAL)?;
+        let half = mine.half.take().ok_or(Diagnosis::SYNC_ERROR)?;
+        let role = if self.client { Role::Client } else { Role::Server };
         let (max_links, max_conns) = (agreed.max_links, agreed.max_conns);
         let terms = Terms { role, version: Version::V2, max_links, max_conns };
-        let confirm = match role {
-            Role::Server => None,
-            Role::Client => {
-                let part = accept.v2.ok_or(Diagnosis::VERSION_MISMATCH)?;
-                let first = part.first.map(|f| FirstContact {
-                    direct: true,
-                    os: OS,
-                    host: host(),
-                    features: 0,
-                    vendor: LIBSMC,
-                    ..f
-                });
-                let gids = Few::of(&[self.local.gid]).unwrap_or_default();
-                let mut c = mine.endpoint(&self.local, PartV2 { eid: part.eid, first, gids });
-                c.mtu = c.mtu.min(accept.mtu);
-                Some(c)
-            }
-        };
-        self.flow = Some(mine.join(peer, terms, now)?);
-        Ok(confirm)
+        let Local { mac, gid, .. } = peer.local;
+        let other = Port { mac, gid, qpn: peer.qpn, psn: peer.psn, mtu: peer.mtu.min(half.own.mtu) };
+        let kin = peer.v2.and_then(|v| v.first).is_some_and(|f| f.vendor == LIBSMC);
+        let own = Key { rkey: mine.part.rmb.rkey(), addr: mine.part.rmb.address() };
+        let keys = (own, Key { rkey: peer.rkey, addr: peer.rmb });
+        let not_ready = |_| Diagnosis::INTERNAL_READY_LINK;
+        at.lgrs.begin(&mine.part.seat, half, (other, kin), terms, keys, at.now).map_err(not_ready)?;
+        self.flow(peer, at)
+    }
+
+    /// Server: the Confirm of a connection of a group that there is.
+    fn known(&mut self, peer: &Endpoint, at: &mut Around<'_>) -> Result<(), Diagnosis> {
+        let mine = self.mine.as_ref().filter(|m| m.half.is_none()).ok_or(Diagnosis::SYNC_ERROR)?;
+        // A buffer that the link has not told of is not this peer's.
+        if !at.lgrs.claim(&mine.part.seat, Key { rkey: peer.rkey, addr: peer.rmb }) {
+            return Err(Diagnosis::INTERNAL_RTOKEN);
+        }
+        self.flow(peer, at)
+    }
+
+    /// Client: the Accept of a connection of a group that there should be.
+    fn prepare_next(
+        &mut self,
+        accept: &Endpoint,
+        page: &Page,
+        at: &mut Around<'_>,
+    ) -> Result<(), (Diagnosis, bool)> {
+        let eid = accept.v2.map(|v| v.eid).ok_or((Diagnosis::VERSION_MISMATCH, false))?;
+        let who = self.who(Role::Client, accept.local.peer, eid, page);
+        let lgr = at.lgrs.named(&who, accept.qpn, &accept.local.gid).ok_or((Diagnosis::SYNC_ERROR, true))?;
+        let sure = |why| (why, false);
+        self.join(lgr, eid, page, at).map_err(sure)?;
+        let seat = self.mine.as_ref().map(|m| &m.part.seat);
+        let key = Key { rkey: accept.rkey, addr: accept.rmb };
+        if !seat.is_some_and(|s| at.lgrs.claim(s, key)) {
+            return Err(sure(Diagnosis::INTERNAL_RTOKEN));
+        }
+        self.flow(accept, at).map_err(sure)
+    }
+
+    /// The connection is on its link.
+    fn flow(&mut self, peer: &Endpoint, at: &mut Around<'_>) -> Result<(), Diagnosis> {
+        let Mine { part, size, .. } = self.mine.take().ok_or(Diagnosis::INTERNAL)?;
+        // Of an RMB with several RMBEs, ours is one.
+        let offset = u64::from(peer.rmbe.saturating_sub(1)) * u64::from(peer.size.bytes());
+        let key = Key { rkey: peer.rkey, addr: peer.rmb.wrapping_add(offset) };
+        let sizes = Sizes { send: size.bytes(), peer: peer.size.bytes(), own: size.bytes() };
+        let (stream, kin) = (Stream::new(sizes, peer.token), at.lgrs.is_kin(part.seat.lgr));
+        let link = at.lgrs.link(part.seat.lgr);
+        let held = link.is_some_and(|l| l.attach(&part.rmb).and_then(|()| l.attach(&part.buffer)).is_ok());
+        self.flow = Some(Flow { part, stream, peer: key, kin, ends: Ends::default(), ended: None });
+        if held { Ok(()) } else { Err(Diagnosis::INTERNAL_READY_LINK) }
     }
 }
 
 impl Mine {
-    fn new(place: &Place, page: &Page) -> Result<Self, Diagnosis> {
+    /// For first contact: a queue pair of its own.
+    fn new(who: Who, place: &Place, page: &Page, at: &mut Around<'_>) -> Result<Self, Diagnosis> {
         let r = random();
         let psn = u32::from_be_bytes([0, r[0], r[1], r[2]]);
-        let token = u32::from_be_bytes([r[4], r[5], r[6], r[7]]).max(1);
-        let half = Half::new(place, psn).map_err(|_| Diagnosis::NO_MEMORY)?;
-        let (rmb, buffer) = page.register(&place.nic.domain).map_err(|_| Diagnosis::NO_MEMORY)?;
-        let size = RmbeSize::holding(page.size() as u32);
-        // The ring is the RMBE: it has one of the sizes that there are.
-        if u64::from(size.bytes()) != page.size() {
-            return Err(Diagnosis::INTERNAL);
+        let domain = Domain::new(&place.nic.device).map_err(|_| Diagnosis::NO_MEMORY)?;
+        let half = Half::new(&domain, place, psn).map_err(|_| Diagnosis::NO_MEMORY)?;
+        let (rmb, buffer) = page.register(&domain).map_err(|_| Diagnosis::NO_MEMORY)?;
+        let size = ring_of(page)?;
+        let seat = at.lgrs.found(who, &domain, at.id, at.now);
+        Ok(Self { part: Part { seat, rmb, buffer }, half: Some(half), size })
+    }
+
+    /// For a group that there is.
+    fn joining(lgr: u32, page: &Page, at: &mut Around<'_>) -> Result<Self, Diagnosis> {
+        let domain = at.lgrs.domain(lgr).ok_or(Diagnosis::NO_ACTIVE_LINK)?;
+        let (rmb, buffer) = page.register(&domain).map_err(|_| Diagnosis::NO_MEMORY)?;
+        let size = ring_of(page)?;
+        let seat: Seat = at.lgrs.seat(lgr, at.id).ok_or(Diagnosis::NO_ACTIVE_LINK)?;
+        let mut part = Part { seat, rmb, buffer };
+        if !at.lgrs.tell_buffer(&mut part.seat, &part.rmb, at.now) {
+            at.lgrs.leave(part, at.now);
+            return Err(Diagnosis::NO_MEMORY);
         }
-        Ok(Self { half, rmb, buffer, token, size })
+        Ok(Self { part, half: None, size })
     }
 
     /// What the peer is told of this.
-    fn endpoint(&self, local: &Local, v2: PartV2) -> Endpoint {
-        Endpoint {
-            first_contact: true,
+    fn endpoint(&self, local: &Local, v2: PartV2, lgrs: &mut Lgrs) -> Option<Endpoint> {
+        let Part { seat, rmb, .. } = &self.part;
+        let own = match &self.half {
+            Some(half) => half.own,
+            None => lgrs.link(seat.lgr)?.own()?,
+        };
+        Some(Endpoint {
+            first_contact: self.half.is_some(),
             local: *local,
-            qpn: self.half.own.qpn,
-            rkey: self.rmb.rkey(),
+            qpn: own.qpn,
+            rkey: rmb.rkey(),
             rmbe: 1,
-            token: self.token,
+            token: seat.token,
             size: self.size,
-            mtu: self.half.own.mtu,
-            rmb: self.rmb.address(),
-            psn: self.half.own.psn,
+            mtu: own.mtu,
+            rmb: rmb.address(),
+            psn: own.psn,
             v2: Some(v2),
-        }
+        })
     }
+}
 
-    fn join(self, peer: &Endpoint, terms: Terms, now: Ms) -> Result<Flow, Diagnosis> {
-        let Self { half, rmb, buffer, token, size } = self;
-        let Local { mac, gid, .. } = peer.local;
-        let other = Port { mac, gid, qpn: peer.qpn, psn: peer.psn, mtu: peer.mtu.min(half.own.mtu) };
-        let own_key = Key { rkey: rmb.rkey(), addr: rmb.address() };
-        let peer_key = Key { rkey: peer.rkey, addr: peer.rmb };
-        // Of an RMB with several RMBEs, ours is one.
-        let offset = u64::from(peer.rmbe.saturating_sub(1)) * u64::from(peer.size.bytes());
-        let sizes = Sizes { send: size.bytes(), peer: peer.size.bytes(), own: size.bytes() };
-        let not_ready = |_| Diagnosis::INTERNAL_READY_LINK;
-        let link = half.join(other, gid, terms, (own_key, peer_key), now).map_err(not_ready)?;
-        link.attach(&rmb).map_err(not_ready)?;
-        link.attach(&buffer).map_err(not_ready)?;
-        let kin = peer.v2.and_then(|v| v.first).is_some_and(|f| f.vendor == LIBSMC);
-        let peer_at = Key { addr: peer_key.addr.wrapping_add(offset), ..peer_key };
-        let stream = Stream::new(sizes, peer.token);
-        Ok(Flow { link, stream, token, peer: peer_at, rmb, buffer, kin, ends: Ends::default(), ended: None })
-    }
+/// The ring is the RMBE: it has one of the sizes that there are.
+fn ring_of(page: &Page) -> Result<RmbeSize, Diagnosis> {
+    let size = RmbeSize::holding(page.size() as u32);
+    if u64::from(size.bytes()) == page.size() { Ok(size) } else { Err(Diagnosis::INTERNAL) }
 }

@@ -1,21 +1,24 @@
 //! A link group over verbs: its queue pair, the messages on it, and whose they are.
 //!
 //! What is under way has a number: a receive that of its buffer, a SEND that of its place, where it is noted whose
-//! message it is. Data leaves [`KEPT`] places free: LLC must be answered.
+//! message it is. Data leaves [`KEPT`] places free: LLC must be answered. What finds none waits, in order, and goes
+//! before any data.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
 use smc::smcr::Ms;
-use smc::smcr::group::{Action, Ended, Group, Key, Port, Role, Terms};
+use smc::smcr::group::{Action, Ended, Group, Key, LINKS, Port, Role, Terms};
 use smc::smcr::stream::Transmit;
 use smc::wire::smcr::cdc::{self, Cdc};
 use smc::wire::smcr::llc::DeleteReason;
+use smc::wire::smcr::llc::Llc;
 use smc::wire::smcr::{Diagnosis, Gid};
 
 use super::nic::Place;
 use crate::completion::{Completion, CompletionQueue};
-use crate::device::Event as Told;
+use crate::device::{Domain, Event as Told};
 use crate::memory::{Access, Region};
 use crate::queue_pair::{Depth, Piece, QueuePair, Remote};
 
@@ -23,12 +26,16 @@ use crate::queue_pair::{Depth, Piece, QueuePair, Remote};
 const RECEIVES: u32 = 64;
 /// A receive takes the longest LLC message.
 const RECEIVE_LEN: u32 = 8192;
-/// SENDs under way, each with up to three WRITEs before it.
-const SENDS: u32 = 16;
+/// SENDs under way, each with up to three WRITEs before it: fewer than the kernel posts receives for.
+const SENDS: u32 = 32;
 /// Places that data may not take.
 const KEPT: usize = 4;
 /// Bytes in each; ADD LINK of version 2 with few keys.
 const SEND_LEN: u32 = 256;
+/// Completions that there can be at once.
+const MOST_COMPLETIONS: usize = (RECEIVES + SENDS * 4) as usize;
+/// LLC messages that wait. A peer that asks for more answers than this gives nothing back.
+const MOST_WAITING: usize = 1024;
 /// In a completion's number: a SEND.
 const IS_SEND: u64 = 1 << 63;
 
@@ -43,6 +50,10 @@ pub enum Event {
     Ready,
     /// The link group has ended.
     Ended(Ended),
+    /// The peer may write to our buffer of that index; or will not.
+    Keyed(usize, bool),
+    /// Nothing by itself: what was waited for may be there.
+    Look,
 }
 
 /// A queue pair before the other end is known.
@@ -67,15 +78,17 @@ pub struct Link {
     /// Whose message is in each place.
     whose: [Option<(u32, u16)>; SENDS as usize],
     done: Vec<Completion>,
+    /// LLC without a place yet.
+    waiting: VecDeque<Llc>,
     /// The last thing was said, see [`Event::Ended`].
     over: bool,
 }
 
 impl Half {
     /// Makes one, receiving from nobody yet.
-    pub fn new(place: &Place, psn: u32) -> io::Result<Self> {
-        let (domain, device) = (&place.nic.domain, &place.nic.device);
-        let queue = CompletionQueue::new(device, (RECEIVES + SENDS * 4) as i32)?;
+    pub fn new(domain: &Arc<Domain>, place: &Place, psn: u32) -> io::Result<Self> {
+        let device = &place.nic.device;
+        let queue = CompletionQueue::new(device, MOST_COMPLETIONS as i32)?;
         let sends = Region::new(domain, (SENDS * SEND_LEN) as usize, Access::Local)?;
         let receives = Region::new(domain, (RECEIVES * RECEIVE_LEN) as usize, Access::Local)?;
         let depth = Depth { send: SENDS * 4, recv: RECEIVES };
@@ -97,6 +110,7 @@ impl Half {
             free: (0..SENDS).collect(),
             whose: [None; SENDS as usize],
             done: Vec::new(),
+            waiting: VecDeque::new(),
             over: false,
             qp,
         };
@@ -139,16 +153,52 @@ impl Link {
         }
     }
 
+    /// Lets go of one that no work under way needs.
+    pub fn detach(&self, region: &Arc<Region>) {
+        self.qp.detach(region);
+    }
+
+    /// Whether this is the link that a server names so.
+    #[must_use]
+    pub fn leads_to(&self, qpn: u32, gid: &Gid) -> bool {
+        self.group.find(qpn, gid) == Some(0)
+    }
+
+    /// Whether the peer has told, by this link, that it has a buffer there.
+    #[must_use]
+    pub fn peer_has(&self, key: Key) -> bool {
+        let told = self.group.peer_buffer(0, key.rkey).and_then(|i| self.group.peer_key(i, 0));
+        told == Some(key)
+    }
+
+    /// This end.
+    #[must_use]
+    pub fn own(&self) -> Option<Port> {
+        self.group.ends(0).map(|(_, own, _)| own)
+    }
+
+    /// A buffer that the peer is to be told of, which is held from now on; its index.
+    pub fn add_buffer(&mut self, rmb: &Arc<Region>, now: Ms) -> Option<usize> {
+        let mut keys = [None; LINKS];
+        keys[0] = Some(Key { rkey: rmb.rkey(), addr: rmb.address() });
+        self.group.add_buffer(keys, now)
+    }
+
+    /// The peer is told that the buffer is gone.
+    pub fn delete_buffer(&mut self, index: usize) {
+        self.group.delete_buffer(index);
+    }
+
     /// Whether data may be sent.
     #[must_use]
     pub fn has_room(&self) -> bool {
-        self.free.len() > KEPT && !self.over
+        self.free.len() > KEPT && self.waiting.is_empty() && !self.over
     }
 
     /// Whether nothing that was sent is without a completion.
     #[must_use]
     pub fn is_quiet(&self) -> bool {
-        self.free.len() == SENDS as usize
+        self.free.len() == SENDS as usize && self.waiting.is_empty()
     }
 
     /// The group ends: the peer is told.
@@ -178,7 +228,8 @@ impl Link {
     pub fn progress(&mut self, now: Ms, out: &mut Vec<Event>) -> io::Result<bool> {
         let mut done = std::mem::take(&mut self.done);
         done.clear();
-        self.qp.completions().poll(&mut done)?;
+        // All that are there: who has seen the end of TCP's stream knows that nothing that came before is left here.
+        while done.len() < MOST_COMPLETIONS && self.qp.completions().poll(&mut done)? > 0 {}
         let mut moved = !done.is_empty();
         let handled = done.iter().try_for_each(|c| self.completed(c, now, out));
         self.done = done;
@@ -190,6 +241,7 @@ impl Link {
             moved = true;
             self.act(action, now, out)?;
         }
+        self.send_waiting()?;
         Ok(moved)
     }
 
@@ -235,17 +287,37 @@ impl Link {
 
     fn act(&mut self, action: Action, now: Ms, out: &mut Vec<Event>) -> io::Result<()> {
         match action {
-            Action::Send(_, llc) if !self.over => self.send(&llc.encode(), None)?,
+            Action::Send(_, llc) if !self.over => {
+                if self.waiting.len() >= MOST_WAITING {
+                    return Err(io::Error::other("too much to answer"));
+                }
+                self.waiting.push_back(llc);
+                self.send_waiting()?;
+            }
             Action::ReadyToSend(_) => self.qp.ready_to_send(self.own_psn)?,
             Action::Ready => out.push(Event::Ready),
-            Action::Lost(..) => self.qp.fail()?,
+            Action::Lost(..) => {
+                // What has no place would only fail.
+                self.waiting.clear();
+                self.qp.fail()?;
+            }
             // One link: no other is ever made.
             Action::Make(slot, _) => _ = self.group.link_made(slot, None, now),
             Action::Ended(why) => {
                 out.push(Event::Ended(why));
                 self.over = true;
             }
-            Action::Send(..) | Action::Connect(..) | Action::Active(_) | Action::Confirmed(..) => {}
+            Action::Confirmed(index, ok) => out.push(Event::Keyed(index, ok)),
+            Action::Send(..) | Action::Connect(..) | Action::Active(_) => {}
+        }
+        Ok(())
+    }
+
+    fn send_waiting(&mut self) -> io::Result<()> {
+        while !self.free.is_empty()
+            && let Some(llc) = self.waiting.pop_front()
+        {
+            self.send(&llc.encode(), None)?;
         }
         Ok(())
     }

@@ -6,14 +6,15 @@
 //! | [`conn`] | one connection: the handshake, its stream, the end |
 //! | [`greeting`] | the handshake |
 //! | [`flow`] | between the page and the link |
-//! | [`link`] | a link group over verbs |
+//! | [`lgr`] | the link groups: who is in which, and what has come for whom |
+//! | [`link`] | the link of one, over verbs |
 //! | [`page`] | the peer's side of the page |
 //! | [`tcp`] | the TCP stream beneath |
 //! | [`nic`] | the devices |
 //!
 //! A connection with something to do is *hot* and is looked at in each turn. One that has had nothing to do for a while
-//! is armed, looked at once more, and left to its descriptors: its doorbell, its link's channel, its TCP socket. When
-//! none is hot the thread sleeps in epoll(7).
+//! is armed, looked at once more, and left to its descriptors: its doorbell, its TCP socket, and its link group's channel;
+//! link groups are hot and left likewise. When nothing is hot the thread sleeps in epoll(7).
 //!
 //! State is under one lock, which the thread holds for a turn at a time and whoever brings a connection for a moment.
 //! What is to be told to libsmc.so is told when the lock is free, since libsmc.so has locks of its own.
@@ -22,6 +23,7 @@ pub mod abi;
 pub mod conn;
 pub mod flow;
 pub mod greeting;
+pub mod lgr;
 pub mod link;
 pub mod nic;
 pub mod page;
@@ -35,7 +37,8 @@ use smc::reason::Reason;
 use smc::smcr::Ms;
 
 use conn::{Conn, Note};
-use greeting::Common;
+use greeting::{Around, Common};
+use lgr::Lgrs;
 use nic::Nic;
 use page::Page;
 
@@ -59,8 +62,6 @@ struct Served {
     conn: Conn,
     hot: bool,
     idle: u32,
-    /// The link's descriptor is in the set.
-    watched: Option<i32>,
 }
 
 /// What is to be told about a connection.
@@ -76,11 +77,14 @@ struct Core {
     common: Common,
     nics: Vec<Nic>,
     all: HashMap<u32, Served>,
+    lgrs: Lgrs,
     hot: Vec<u32>,
     next: u32,
     set: i32,
     start: Instant,
     telling: Vec<Telling>,
+    /// What the link groups have for connections, while a turn lasts.
+    mail: Vec<lgr::Mail>,
     /// What kept page and rings of connections that are gone.
     released: Vec<usize>,
     ends: bool,
@@ -113,11 +117,13 @@ impl Service {
             common,
             nics,
             all: HashMap::new(),
+            lgrs: Lgrs::default(),
             hot: Vec::new(),
             next: 0,
             set,
             start: Instant::now(),
             telling: Vec::new(),
+            mail: Vec::new(),
             released: Vec::new(),
             ends: false,
         };
@@ -138,8 +144,9 @@ impl Service {
         core.next = core.next.wrapping_add(1);
         let (bell, tcp) = (page.conn().bell, page.conn().tcp);
         [bell, tcp].into_iter().for_each(abi::own);
-        let conn = Conn::new(page, place, &core.common, now);
-        core.all.insert(id, Served { conn, hot: true, idle: 0, watched: None });
+        let Core { common, lgrs, .. } = &mut *core;
+        let conn = Conn::new(page, place, &mut Around { common, lgrs, id, now });
+        core.all.insert(id, Served { conn, hot: true, idle: 0 });
         core.hot.push(id);
         abi::watch(core.set, bell, source::BELL << 32 | u64::from(id));
         abi::watch(core.set, tcp, source::TCP << 32 | u64::from(id));
@@ -157,7 +164,13 @@ impl Service {
         loop {
             core.all.values_mut().for_each(|s| s.conn.process_ends());
             let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() || core.all.values().all(|s| s.conn.is_delivered()) {
+            let delivered = core.all.values().all(|s| s.conn.is_delivered());
+            if delivered {
+                // The peer need not find out by itself.
+                core.lgrs.end_empty();
+                abi::wake(self.wake);
+            }
+            if left.is_zero() || delivered && !core.lgrs.has_empty() {
                 core.ends = false;
                 return;
             }
@@ -215,11 +228,18 @@ impl Core {
                 self.all.keys().copied().collect::<Vec<_>>().into_iter().for_each(|id| self.heat(id));
             }
             source::DEVICE => self.device(id as usize),
+            source::LINK => self.lgrs.heat(id),
             _ => {
                 if let Some(s) = self.all.get_mut(&id) {
                     match source {
                         source::BELL => s.conn.rung(),
-                        source::TCP => s.conn.tcp_has_news(),
+                        source::TCP => {
+                            s.conn.tcp_has_news();
+                            // What the peer has said by the link before it is to be heard first.
+                            if let Some(lgr) = s.conn.lgr() {
+                                self.lgrs.heat(lgr);
+                            }
+                        }
                         _ => {}
                     }
                 }
@@ -233,19 +253,26 @@ impl Core {
         while let Some(nic) = self.nics.get(at)
             && let Ok(Some(what)) = nic.device.event()
         {
-            let ids: Vec<u32> = self.all.keys().copied().collect();
-            for id in ids {
-                if let Some(s) = self.all.get_mut(&id) {
-                    s.conn.told(what, now);
-                }
-                self.heat(id);
-            }
+            self.lgrs.told(what, now);
         }
     }
 
-    /// Looks at each hot connection. Milliseconds to sleep; 0: not at all.
+    /// Looks at each hot link group and connection. Milliseconds to sleep; 0: not at all.
     fn turn(&mut self) -> i32 {
         let now = self.now();
+        let mut mail = std::mem::take(&mut self.mail);
+        let set = self.set;
+        self.lgrs.turn(now, &mut mail, |lgr, fd| {
+            abi::own(fd);
+            abi::watch(set, fd, source::LINK << 32 | u64::from(lgr));
+        });
+        for (id, event) in mail.drain(..) {
+            if let Some(s) = self.all.get_mut(&id) {
+                s.conn.hears(event);
+            }
+            self.heat(id);
+        }
+        self.mail = mail;
         let due = |s: &Served| !s.hot && s.conn.deadline().is_some_and(|d| d <= now);
         let late: Vec<u32> = self.all.iter().filter(|(_, s)| due(s)).map(|(id, _)| *id).collect();
         late.into_iter().for_each(|id| self.heat(id));
@@ -253,31 +280,25 @@ impl Core {
         hot.retain(|id| self.attend(*id, now));
         hot.append(&mut self.hot);
         self.hot = hot;
-        if !self.hot.is_empty() {
+        if !self.hot.is_empty() || self.lgrs.is_hot() {
             return 0;
         }
         let first = self.all.values().filter_map(|s| s.conn.deadline()).min();
+        let first = first.into_iter().chain(self.lgrs.deadline()).min();
         first.map_or(-1, |d| d.saturating_sub(now).clamp(1, 60_000) as i32)
     }
 
     /// One connection; whether it stays hot.
     fn attend(&mut self, id: u32, now: Ms) -> bool {
-        let Some(s) = self.all.get_mut(&id) else { return false };
-        let moved = s.conn.work(&self.common, now);
-        let link = s.conn.link_fd();
-        if link != s.watched {
-            // What was watched is closed, and with that out of the set.
-            s.watched = link;
-            if let Some(fd) = link {
-                abi::own(fd);
-                abi::watch(self.set, fd, source::LINK << 32 | u64::from(id));
-            }
-        }
+        let Self { all, common, lgrs, .. } = self;
+        let Some(s) = all.get_mut(&id) else { return false };
+        let at = &mut Around { common, lgrs, id, now };
+        let moved = s.conn.work(at);
         let (fd, cookie) = (s.conn.page().conn().fd, s.conn.page().conn().cookie);
         let notes = s.conn.take_notes();
         self.telling.extend(notes.into_iter().map(|note| Telling { fd, cookie, note }));
         if s.conn.is_over() {
-            if let Some(s) = self.all.remove(&id) {
+            if let Some(s) = all.remove(&id) {
                 self.released.push(s.conn.page().conn().hold);
             }
             return false;
@@ -288,7 +309,7 @@ impl Core {
         }
         s.conn.arm();
         // What came before the arming rings no bell.
-        let again = s.conn.work(&self.common, now);
+        let again = s.conn.work(at);
         let notes = s.conn.take_notes();
         self.telling.extend(notes.into_iter().map(|note| Telling { fd, cookie, note }));
         s.idle = 0;
