@@ -12,6 +12,7 @@ mod deep;
 mod fd_table;
 mod hook;
 mod hooks;
+mod probes;
 mod real;
 mod remote;
 

@@ -179,9 +179,47 @@ impl Default for Sums {
     }
 }
 
+/// Functions that are called when something becomes of a connection, for who watches them from outside: the shim's, which
+/// do nothing. Ports are in the host's byte order. Called under locks of the connection's.
+#[derive(Clone, Copy, Debug)]
+pub struct Probes {
+    /// Local port, peer's port, bytes in a ring.
+    pub upgraded: extern "C" fn(u32, u32, u32),
+    /// Local port, peer's port, the code of the reason, or 0: a direction goes back to TCP.
+    pub downgraded: extern "C" fn(u32, u32, u32),
+    /// Local port, peer's port, the code of the reason: it stays on TCP.
+    pub fallback: extern "C" fn(u32, u32, u32),
+}
+
+static PROBES: Once<Probes> = Once::new();
+
+/// Names the functions. The first call counts.
+pub fn set_probes(probes: Probes) {
+    let _ = PROBES.set(probes);
+}
+
+/// A connection is in the ring, for the first time.
+#[cold]
+pub fn probe_upgraded(s: &Slot) {
+    if let Some(p) = PROBES.get() {
+        (p.upgraded)(s.local_port.load(Relaxed), s.peer_port.load(Relaxed), s.ring_size.load(Relaxed));
+    }
+}
+
+/// One of its directions goes back to TCP.
+#[cold]
+pub fn probe_downgraded(s: &Slot) {
+    if let Some(p) = PROBES.get() {
+        (p.downgraded)(s.local_port.load(Relaxed), s.peer_port.load(Relaxed), s.reason.load(Relaxed));
+    }
+}
+
 /// A candidate stays on TCP, or went back.
 #[cold]
 pub fn log_fallback(s: &Slot, why: Reason) {
+    if let Some(p) = PROBES.get() {
+        (p.fallback)(s.local_port.load(Relaxed), s.peer_port.load(Relaxed), why.code());
+    }
     let c = config();
     if !c.log && !c.require {
         return;

@@ -253,6 +253,7 @@ impl Socket {
                 s.reason.store(0, Relaxed);
                 s.best.store(2, Relaxed);
                 s.upgrades.fetch_add(1, Relaxed);
+                crate::report::probe_upgraded(s);
             }
             says::TCP => {
                 if let Ok(why) = Reason::try_from(value) {

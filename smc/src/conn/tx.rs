@@ -451,12 +451,14 @@ impl Socket {
     pub(super) fn count_downgrade(&self, s: &Slot) {
         if !s.is_remote() {
             s.downgrades.fetch_add(1, Relaxed);
+            crate::report::probe_downgraded(s);
         }
     }
 
     pub(super) fn count_upgrade(&self, s: &Slot) {
         if s.best.swap(1, Relaxed) == 0 {
             s.upgrades.fetch_add(1, Relaxed);
+            crate::report::probe_upgraded(s);
         }
     }
 
