@@ -124,12 +124,16 @@ fn tests(command: &mut Command) -> io::Result<Tally> {
     Ok(Tally::from_run(status.success(), &lines))
 }
 
-/// The tests of the crates, and what is behind features: the examples in its documentation, and the events.
+/// The tests of the crates, and what is behind features: the examples in its documentation, and the events. The
+/// documentation has no broken link.
 fn unit() -> io::Result<Tally> {
     let all = ["test", "--quiet", "--release", "--workspace", "--exclude", "libsmc", "--no-fail-fast"];
     let mut tally = tests(shell::cargo().args(all))?;
     let documented = ["test", "--quiet", "--release", "-p", "smc", "--all-features", "--doc"];
     tally.add(tests(shell::cargo().args(documented))?);
+    let mut document = shell::cargo();
+    document.args(["doc", "--quiet", "--no-deps", "-p", "smc", "--all-features"]);
+    tally.add(step(document.env("RUSTDOCFLAGS", "-D warnings"))?);
     let events = ["test", "--quiet", "--release", "-p", "smc", "--features", "tracing", "--test", "events"];
     tally.add(tests(shell::cargo().args(events))?);
     Ok(tally)

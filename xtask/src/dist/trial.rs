@@ -33,6 +33,7 @@ pub fn trial() -> io::Result<Tally> {
     }
     tally.add(step("cargo xtask install", installed(&release, &work.path().join("prefix"))));
     tally.add(step("cargo install, then the library beside it", by_cargo(&work.path().join("cargo"))));
+    tally.add(step("cargo package -p smc", crate_package()));
     let Some(package) = files.iter().find(|f| f.extension().is_some_and(|e| e == "deb")) else {
         println!("left out: the Debian package (dpkg-deb is not here)");
         return Ok(tally);
@@ -129,6 +130,18 @@ fn by_cargo(root: &Path) -> io::Result<()> {
     fs::create_dir_all(root.join("lib"))?;
     fs::copy(shell::target_dir().join("release/libsmc.so"), root.join("lib/libsmc.so"))?;
     checks(&command, &root.join("lib/libsmc.so"))
+}
+
+/// The crate as it would be published has all that it needs; that it builds there too is left to `cargo publish`.
+fn crate_package() -> io::Result<()> {
+    let mut cargo = shell::cargo();
+    cargo.args(["package", "--quiet", "-p", "smc", "--offline", "--allow-dirty", "--no-verify", "--list"]);
+    let listed = String::from_utf8_lossy(&output(&mut cargo)?).into_owned();
+    let wanted = ["Cargo.toml", "LICENSE-APACHE", "LICENSE-MIT", "README.md", "src/lib.rs"];
+    match wanted.iter().find(|w| !listed.lines().any(|l| l == **w)) {
+        Some(missing) => Err(io::Error::other(format!("it has no {missing}:\n{listed}"))),
+        None => Ok(()),
+    }
 }
 
 fn lintian(package: &Path) -> io::Result<()> {
