@@ -59,6 +59,8 @@ struct Moved {
     tcp: u64,
     rdma_tx: u64,
     rdma_rx: u64,
+    /// Connections that have gone back to TCP.
+    back: u64,
 }
 
 impl End {
@@ -93,8 +95,9 @@ impl End {
             let digits = at.map(|at| json[at..].chars().take_while(char::is_ascii_digit).collect::<String>());
             digits.and_then(|d| d.parse().ok()).unwrap_or(0)
         };
-        let [rdma, tcp, rdma_tx, rdma_rx] = ["rdma", "tcp", "rdma_tx", "rdma_rx"].map(number);
-        Moved { rdma, tcp, rdma_tx, rdma_rx }
+        let names = ["rdma", "tcp", "rdma_tx", "rdma_rx", "downgrades"];
+        let [rdma, tcp, rdma_tx, rdma_rx, back] = names.map(number);
+        Moved { rdma, tcp, rdma_tx, rdma_rx, back }
     }
 }
 
@@ -119,8 +122,8 @@ fn pair(n: u64, what: &str, bytes: u64, settings: &[(&str, &str)]) -> (Moved, Mo
 /// As [`pair`], and all of it went by RDMA: so much each way.
 fn by_rdma(n: u64, what: &str, bytes: u64, [up, down]: [u64; 2]) {
     let (server, client) = pair(n, what, bytes, &[]);
-    assert_eq!(client, Moved { rdma: n, tcp: 0, rdma_tx: up, rdma_rx: down });
-    assert_eq!(server, Moved { rdma: n, tcp: 0, rdma_tx: down, rdma_rx: up });
+    assert_eq!(client, Moved { rdma: n, tcp: 0, rdma_tx: up, rdma_rx: down, back: 0 });
+    assert_eq!(server, Moved { rdma: n, tcp: 0, rdma_tx: down, rdma_rx: up, back: 0 });
 }
 
 #[test]
@@ -212,8 +215,8 @@ fn a_decline_leads_back_to_tcp() {
         let mut server = End::start(&["serve", &b, &port, "1", what, bytes], false, &[("SMC_EID", "OTHER")]);
         server.says("listening");
         let client = End::start(&["connect", &a, &b, &port, "1", what, bytes], false, &[]);
-        assert_eq!(client.ends("done"), Moved { rdma: 0, tcp: 1, rdma_tx: 0, rdma_rx: 0 });
-        assert_eq!(server.ends("served"), Moved { rdma: 0, tcp: 1, rdma_tx: 0, rdma_rx: 0 });
+        assert_eq!(client.ends("done"), Moved { rdma: 0, tcp: 1, rdma_tx: 0, rdma_rx: 0, back: 0 });
+        assert_eq!(server.ends("served"), Moved { rdma: 0, tcp: 1, rdma_tx: 0, rdma_rx: 0, back: 0 });
     }
 }
 
@@ -225,7 +228,7 @@ fn a_plain_client_of_a_server_that_expects_smc() {
     let mut server = End::start(&["serve", &b, &port, "1", "up", "640000"], false, &[]);
     server.says("listening");
     End::start(&["connect", &a, &b, &port, "1", "up", "640000"], true, &[]).ends("done");
-    assert_eq!(server.ends("served"), Moved { rdma: 0, tcp: 1, rdma_tx: 0, rdma_rx: 0 });
+    assert_eq!(server.ends("served"), Moved { rdma: 0, tcp: 1, rdma_tx: 0, rdma_rx: 0, back: 0 });
 }
 
 /// The same where the server speaks first: it waits for a Proposal, and then goes on by TCP.
@@ -236,7 +239,7 @@ fn a_plain_client_that_waits_for_the_server() {
     let mut server = End::start(&["serve", &b, &port, "1", "first", "6400"], false, &[]);
     server.says("listening");
     End::start(&["connect", &a, &b, &port, "1", "first", "6400"], true, &[]).ends("done");
-    assert_eq!(server.ends("served"), Moved { rdma: 0, tcp: 1, rdma_tx: 0, rdma_rx: 0 });
+    assert_eq!(server.ends("served"), Moved { rdma: 0, tcp: 1, rdma_tx: 0, rdma_rx: 0, back: 0 });
 }
 
 /// A server that accepts late: the client's bytes have waited, then gone by TCP behind a Decline; the server finds the
@@ -262,7 +265,7 @@ fn an_accept_that_comes_too_late() {
     });
     let client =
         End::start(&["connect", &a, &b, &port.to_string(), "1", "echo", "6400"], false, &[]).ends("done");
-    assert_eq!(client, Moved { rdma: 0, tcp: 1, rdma_tx: 0, rdma_rx: 0 });
+    assert_eq!(client, Moved { rdma: 0, tcp: 1, rdma_tx: 0, rdma_rx: 0, back: 0 });
     server.join().unwrap();
 }
 
@@ -287,4 +290,24 @@ fn a_killed_peer_is_a_reset() {
     server.says("hanging");
     server.child.kill().unwrap();
     client.ends("done");
+}
+
+/// A link that fails in mid-stream: what the peer has received it says by TCP, and the rest goes there, in order.
+#[test]
+#[ignore = "needs SMC_TEST_RDMA"]
+fn without_a_link_the_stream_goes_on_by_tcp() {
+    let breaks = [("SMC_TEST_BREAK", "9")];
+    let ([a, b], port) = (ends(), port().to_string());
+    for (what, server_breaks) in
+        [("up", false), ("up", true), ("down", true), ("both", false), ("both", true)]
+    {
+        let whose = |is: bool| if is { &breaks[..] } else { &[] };
+        let mut server = End::start(&["serve", &b, &port, "1", what, "3000000"], false, whose(server_breaks));
+        server.says("listening");
+        let words = ["connect", &a, &b, &port, "1", what, "3000000"];
+        let client = End::start(&words, false, whose(!server_breaks));
+        let (client, server) = (client.ends("done"), server.ends("served"));
+        assert_eq!((client.rdma, server.rdma), (1, 1), "{what}: {client:?} {server:?}");
+        assert_eq!((client.back, server.back), (1, 1), "{what}: {client:?} {server:?}");
+    }
 }

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  Greeting ── CLC, a link ──> Rdma ── both ends have closed ───────────────────────> Over
-//!      │                        └── the link is gone, or the peer misbehaves: reset ───^
+//!      │                        ├── the peer misbehaves, or has gone: reset ───────────^
+//!      │                        └── the link is gone ──> Back ──> Tcp ─────────────────^
 //!      └── declined, late, no CLC ──> Tcp ── what was written has gone there ──────────^
 //! ```
 //!
@@ -23,10 +24,12 @@ use smc::conn::Side;
 use smc::reason::Reason;
 use smc::remote::says;
 use smc::smcr::Ms;
+use smc::smcr::group::Ended;
 use smc::smcr::rendezvous::{Step, declined};
 use smc::sys;
 use smc::wire::smcr::Diagnosis;
 
+use super::back;
 use super::flow::{Broken, Ends, Flow};
 use super::greeting::{Around, Greeting};
 use super::link::{Event, Link};
@@ -51,6 +54,8 @@ pub enum Note {
 enum Phase {
     Greeting(Greeting),
     Rdma(Flow),
+    /// The link is gone, and the peer was told up to where we have its bytes.
+    Back(Flow),
     Tcp(Fallback),
     /// Told to libsmc.so, which goes first: the program must not find TCP's word before.
     Reset(Ends),
@@ -67,6 +72,8 @@ struct Fallback {
     guarded: bool,
     /// They have begun to come.
     begun: Option<Ms>,
+    /// The peer's stream leaves the ring there, unless it has left already.
+    leaves: Option<u64>,
 }
 
 /// See the module.
@@ -139,7 +146,7 @@ impl Conn {
     pub fn lgr(&self) -> Option<u32> {
         match &self.phase {
             Phase::Greeting(g) => g.lgr(),
-            Phase::Rdma(f) => Some(f.part.seat.lgr),
+            Phase::Rdma(f) | Phase::Back(f) => Some(f.part.seat.lgr),
             Phase::Tcp(_) | Phase::Reset(_) | Phase::Over => None,
         }
     }
@@ -156,6 +163,8 @@ impl Conn {
 
     /// The process ends: a stream that has left the ring is one that the program has let go of.
     pub fn process_ends(&mut self) {
+        // The thread may not have come to the bell yet.
+        self.rung();
         let written = match &self.phase {
             Phase::Rdma(f) => f.stream.places().written,
             _ => 0,
@@ -194,6 +203,7 @@ impl Conn {
                 self.reset(at);
                 true
             }),
+            Phase::Back(_) => self.turn_back(at),
             Phase::Tcp(_) => self.fall_back(at.now),
             Phase::Reset(ends) => self.leave(ends),
             Phase::Over => self.closed && self.close_tcp(),
@@ -205,7 +215,7 @@ impl Conn {
     fn trail(&mut self, at: &mut Around<'_>) -> bool {
         let Some(f) = &mut self.trailing else {
             // Nobody is there for what may still come.
-            if !matches!(self.phase, Phase::Greeting(_) | Phase::Rdma(_)) {
+            if !matches!(self.phase, Phase::Greeting(_) | Phase::Rdma(_) | Phase::Back(_)) {
                 self.mail.clear();
             }
             return false;
@@ -362,7 +372,13 @@ impl Conn {
         // The program's side moves what it has written, unless it has left the ring before.
         let left = !self.page.stop(0);
         let end = if left { self.page.sent(0).map_or(0, |r| r.bytes) } else { 0 };
-        self.phase = Phase::Tcp(Fallback { why: code(why), moves: (0, end), guarded: late, begun: None });
+        self.phase = Phase::Tcp(Fallback {
+            why: code(why),
+            moves: (0, end),
+            guarded: late,
+            begun: None,
+            leaves: Some(0),
+        });
         self.notes.push(Note::Attend);
     }
 
@@ -393,9 +409,11 @@ impl Conn {
             moved |= !t.guarded;
         }
         if !t.guarded && t.moves.0 == t.moves.1 {
-            let why = t.why;
+            let (why, leaves) = (t.why, t.leaves);
             self.phase = Phase::Over;
-            self.page.leave(0);
+            if let Some(at) = leaves {
+                self.page.leave(at);
+            }
             self.notes.extend([Note::Says(says::TCP, why), Note::Attend]);
             self.close_tcp();
             return true;
@@ -409,13 +427,21 @@ impl Conn {
         let Phase::Rdma(f) = &mut self.phase else { return Ok(true) };
         let heard = f.listen(&mut self.mail)?;
         let moved = heard | f.exchange(&self.page, self.closed, self.tcp)? | f.transmit(at.lgrs, at.id)?;
-        if f.tell(&self.page) {
+        if f.kin && f.ended.is_none() && self.tcp >= 0 && back::is_here(self.tcp, f.part.seat.token) {
+            // The peer has found out first; we do with that.
+            at.lgrs.fail(f.part.seat.lgr, at.now);
+        }
+        if f.tell(&self.page, self.hung_up) {
             self.notes.push(Note::Attend);
             if f.ends.left && f.ends.stopped {
                 // Both directions are TCP's now.
                 self.notes.insert(0, Note::Says(says::TCP, 0));
             }
         }
+        if f.ended == Some(Ended::NoLink) && f.kin && !f.stream.is_reset() && self.asks_back() {
+            return Ok(true);
+        }
+        let Phase::Rdma(f) = &mut self.phase else { return Ok(true) };
         // The link was looked at since: what had come before the FIN is heard.
         let dead = self.hung_up && !heard && !f.ends.left && (f.kin || sys::tcp_is_closed(self.tcp));
         if f.stream.is_reset() && !self.closed || f.ended.is_some() && !f.is_settled() || dead && !self.closed
@@ -423,6 +449,49 @@ impl Conn {
             return Err(Broken);
         }
         Ok(moved | self.finish())
+    }
+
+    /// The link is gone: whether the connection can go back to TCP. A peer that has closed knows all it needs, or asks.
+    fn asks_back(&mut self) -> bool {
+        let Phase::Rdma(f) = &self.phase else { return false };
+        let waits = f.stream.heard().closed && !back::is_here(self.tcp, f.part.seat.token);
+        if self.tcp < 0 || self.hung_up || waits || f.ends.fin {
+            return false;
+        }
+        if !back::send(self.tcp, f.stream.peer_token(), f.stream.places().produced) {
+            return false;
+        }
+        if let Phase::Rdma(f) = std::mem::replace(&mut self.phase, Phase::Over) {
+            self.phase = Phase::Back(f);
+        }
+        true
+    }
+
+    /// What the peer has received of ours: behind that the stream goes on by TCP.
+    fn turn_back(&mut self, at: &mut Around<'_>) -> bool {
+        let Phase::Back(f) = &mut self.phase else { return true };
+        self.mail.clear();
+        let received = match back::take(self.tcp, f.part.seat.token) {
+            Ok(None) if !self.hung_up => return false,
+            Ok(Some(received)) => f.stream.resume_at(received),
+            Ok(None) | Err(back::NotSaid) => None,
+        };
+        let Some(from) = received else {
+            self.reset(at);
+            return true;
+        };
+        // The program's side moves what the peer lacks, unless it has left the ring before. A peer that has closed
+        // reads nothing.
+        let left = !f.ends.stopped && !self.page.stop(from);
+        let end = if left { self.page.sent(from).map_or(from, |r| from + r.bytes) } else { from };
+        let leaves = (!f.ends.left).then_some(f.ends.published);
+        let why = Reason::Terminated as u32;
+        let next = Phase::Tcp(Fallback { why, moves: (from, end), guarded: false, begun: None, leaves });
+        if let Phase::Back(f) = std::mem::replace(&mut self.phase, next) {
+            self.trailing = Some(f);
+        }
+        self.notes.push(Note::Attend);
+        true
     }
 
     /// The ends of both directions, as far as they have come.
@@ -458,7 +527,7 @@ impl Conn {
         let mut ends = Ends::default();
         match std::mem::replace(&mut self.phase, Phase::Over) {
             Phase::Greeting(mut g) => g.leave(at.lgrs, at.now),
-            Phase::Rdma(mut f) => {
+            Phase::Rdma(mut f) | Phase::Back(mut f) => {
                 ends = f.ends;
                 f.stream.abort();
                 self.trailing = Some(f);

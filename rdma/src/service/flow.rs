@@ -92,6 +92,7 @@ impl Flow {
             }
             let Some(t) = self.stream.poll_transmit() else { break };
             link.transmit(token, &t, &self.part.buffer, self.peer).map_err(|_| Broken)?;
+            lgrs.sent(lgr);
             moved = true;
         }
         if moved {
@@ -122,7 +123,9 @@ impl Flow {
     }
 
     /// What the peer has done goes to the program. True: it may have to be told to look.
-    pub fn tell(&mut self, page: &Page) -> bool {
+    /// `fin`: the peer's FIN is here. One that is libsmc sends it right behind its flag, so the stream leaves the ring with
+    /// that: until then TCP may bring what is not the program's ([`super::back`]).
+    pub fn tell(&mut self, page: &Page, fin: bool) -> bool {
         let at = self.stream.places();
         if at.fin > self.ends.freed {
             self.ends.freed = at.fin;
@@ -133,7 +136,8 @@ impl Flow {
             page.publish(at.produced);
         }
         let heard = self.stream.heard();
-        let leaves = !self.ends.left && (heard.done_writing || heard.closed) && !heard.abort;
+        let leaves =
+            !self.ends.left && (heard.done_writing || heard.closed) && !heard.abort && (fin || !self.kin);
         if leaves {
             self.ends.left = true;
             page.leave(at.produced);

@@ -30,6 +30,8 @@ use crate::memory::Region;
 
 /// How long an empty group is kept, as in the kernel: the server's word comes first.
 const KEPT: [Ms; 2] = [600_000, 610_000];
+/// The last word of a group has so long to arrive.
+const LAST_WORD: Ms = 1_000;
 /// Turns with nothing to do before a group is left to its link's descriptor.
 const IDLE_TURNS: u32 = 4;
 
@@ -98,6 +100,8 @@ struct Lgr {
     waiting: Vec<u32>,
     starved: VecDeque<u32>,
     empty_since: Ms,
+    /// Until when a link that is ending is kept.
+    until: Ms,
     hot: bool,
     idle: u32,
     watched: bool,
@@ -123,9 +127,30 @@ pub struct Lgrs {
     all: HashMap<u32, Lgr>,
     next: u32,
     hot: Vec<u32>,
+    /// For tests: a link fails after so many messages; 0: none does.
+    breaks_after: u32,
+    sent: u32,
 }
 
 impl Lgrs {
+    /// For tests: each link that sends the `n`th message of all fails then; 0: none does.
+    #[must_use]
+    pub fn breaking(n: u32) -> Self {
+        Self { breaks_after: n, ..Self::default() }
+    }
+
+    /// A message was sent.
+    pub fn sent(&mut self, lgr: u32) {
+        if self.breaks_after != 0 {
+            self.sent += 1;
+            if self.sent.is_multiple_of(self.breaks_after)
+                && let Some(link) = self.link(lgr)
+            {
+                link.break_it();
+            }
+        }
+    }
+
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -181,6 +206,7 @@ impl Lgrs {
             waiting: Vec::new(),
             starved: VecDeque::new(),
             empty_since: now,
+            until: now,
             hot: false,
             idle: 0,
             watched: false,
@@ -310,6 +336,14 @@ impl Lgrs {
         self.heat(lgr);
     }
 
+    /// The peer has found that the link is gone.
+    pub fn fail(&mut self, lgr: u32, now: Ms) {
+        if let Some(link) = self.link(lgr) {
+            link.fail(now);
+        }
+        self.heat(lgr);
+    }
+
     /// The process ends: groups without members are over.
     pub fn end_empty(&mut self) {
         let empty: Vec<u32> =
@@ -388,8 +422,12 @@ impl Lgr {
     fn deadline(&self) -> Option<Ms> {
         let link = self.link.as_ref().and_then(Link::deadline);
         let kept = self.empty_since + KEPT[self.who.role as usize];
-        let empty = (self.members.is_empty() && self.stage == Stage::Ready).then_some(kept);
-        link.into_iter().chain(empty).min()
+        let own = match self.stage {
+            Stage::Ready if self.members.is_empty() => Some(kept),
+            Stage::Ending if self.link.is_some() => Some(self.until),
+            _ => None,
+        };
+        link.into_iter().chain(own).min()
     }
 
     fn is_gone(&self) -> bool {
@@ -431,12 +469,14 @@ impl Lgr {
             }
         }
         for e in events {
-            self.happened(e, mail);
+            self.happened(e, now, mail);
         }
         if self.stage == Stage::Ending && !self.waiting.is_empty() {
             mail.extend(self.waiting.drain(..).map(|id| (id, Event::Look)));
         }
-        if self.stage == Stage::Ending && self.link.as_ref().is_some_and(Link::is_quiet) {
+        if self.stage == Stage::Ending
+            && self.link.as_ref().is_some_and(|l| l.is_quiet() || now >= self.until)
+        {
             self.drop_link(mail);
         }
         if self.link.as_ref().is_some_and(Link::has_room) {
@@ -445,7 +485,7 @@ impl Lgr {
         moved
     }
 
-    fn happened(&mut self, e: Event, mail: &mut Vec<Mail>) {
+    fn happened(&mut self, e: Event, now: Ms, mail: &mut Vec<Mail>) {
         match e {
             Event::Cdc(m) => {
                 // The peer writes no more: its buffer may be gone as soon as we have said the same.
@@ -470,6 +510,7 @@ impl Lgr {
             }
             Event::Ended(why) => {
                 self.stage = Stage::Ending;
+                self.until = now + LAST_WORD;
                 mail.extend(self.members.values().map(|id| (*id, Event::Ended(why))));
                 // Where nothing can be said any more, nothing is waited for.
                 if !matches!(why, Ended::Here | Ended::Peer(_) | Ended::Misbehaved(_)) {

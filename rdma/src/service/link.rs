@@ -237,12 +237,44 @@ impl Link {
         if self.group.deadline().is_some_and(|d| d <= now) {
             self.group.tick(now);
         }
+        let mut ended = None;
         while let Some(action) = self.group.poll_action() {
             moved = true;
-            self.act(action, now, out)?;
+            match action {
+                Action::Ended(why) => ended = Some(why),
+                action => self.act(action, now, out)?,
+            }
+        }
+        if let Some(why) = ended {
+            self.ends(why, now, out)?;
         }
         self.send_waiting()?;
         Ok(moved)
+    }
+
+    /// The end is told behind the last message: a queue pair in error takes no more, and the peer knows that it has sent
+    /// what was taken.
+    fn ends(&mut self, why: Ended, now: Ms, out: &mut Vec<Event>) -> io::Result<()> {
+        self.over = true;
+        let mut last = Vec::new();
+        if why == Ended::NoLink {
+            while last.len() < MOST_COMPLETIONS && self.qp.completions().poll(&mut last)? > 0 {}
+        }
+        // What fails now is nothing new.
+        last.iter().for_each(|c| _ = self.completed(c, now, out));
+        out.push(Event::Ended(why));
+        Ok(())
+    }
+
+    /// The queue pair fails, as by a device's error: for tests.
+    pub fn break_it(&self) {
+        // What has failed before needs no help.
+        let _ = self.qp.fail();
+    }
+
+    /// The link is known to be lost.
+    pub fn fail(&mut self, now: Ms) {
+        self.group.link_failed(0, now);
     }
 
     fn receive(&self, index: u32) -> io::Result<()> {
@@ -303,12 +335,8 @@ impl Link {
             }
             // One link: no other is ever made.
             Action::Make(slot, _) => _ = self.group.link_made(slot, None, now),
-            Action::Ended(why) => {
-                out.push(Event::Ended(why));
-                self.over = true;
-            }
             Action::Confirmed(index, ok) => out.push(Event::Keyed(index, ok)),
-            Action::Send(..) | Action::Connect(..) | Action::Active(_) => {}
+            Action::Send(..) | Action::Connect(..) | Action::Active(_) | Action::Ended(_) => {}
         }
         Ok(())
     }

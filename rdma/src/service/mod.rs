@@ -9,6 +9,7 @@
 //! | [`lgr`] | the link groups: who is in which, and what has come for whom |
 //! | [`link`] | the link of one, over verbs |
 //! | [`page`] | the peer's side of the page |
+//! | [`back`] | how two ends go back to TCP without a link |
 //! | [`tcp`] | the TCP stream beneath |
 //! | [`nic`] | the devices |
 //!
@@ -20,6 +21,7 @@
 //! What is to be told to libsmc.so is told when the lock is free, since libsmc.so has locks of its own.
 
 pub mod abi;
+pub mod back;
 pub mod conn;
 pub mod flow;
 pub mod greeting;
@@ -117,7 +119,7 @@ impl Service {
             common,
             nics,
             all: HashMap::new(),
-            lgrs: Lgrs::default(),
+            lgrs: Lgrs::breaking(test_breaks()),
             hot: Vec::new(),
             next: 0,
             set,
@@ -203,6 +205,11 @@ impl Service {
             }
         }
     }
+}
+
+/// `SMC_TEST_BREAK=N`, for tests: the link of every Nth message fails.
+fn test_breaks() -> u32 {
+    std::env::var("SMC_TEST_BREAK").ok().and_then(|n| n.parse().ok()).unwrap_or(0)
 }
 
 impl Core {

@@ -28,8 +28,13 @@ pub fn take(fd: i32, n: usize) {
 /// Sends a message; false: TCP did not take all of it. At the start of a stream there is room.
 #[must_use]
 pub fn send(fd: i32, m: &Message) -> bool {
-    let bytes = clc::encode(m);
-    sys::send_small(fd, &bytes, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) == bytes.len() as isize
+    send_bytes(fd, &clc::encode(m))
+}
+
+/// Sends few bytes; false: TCP did not take all of them.
+#[must_use]
+pub fn send_bytes(fd: i32, bytes: &[u8]) -> bool {
+    sys::send_small(fd, bytes, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) == bytes.len() as isize
 }
 
 /// What lies at the start of a stream that has gone back to TCP, where a late message may still come.

@@ -258,6 +258,10 @@ impl Socket {
             says::TCP => {
                 if let Ok(why) = Reason::try_from(value) {
                     s.reason.store(value, Relaxed);
+                    // It was on RDMA before, and its link is gone.
+                    if s.best.load(Relaxed) == 2 {
+                        s.downgrades.fetch_add(1, Relaxed);
+                    }
                     crate::report::log_fallback(s, why);
                 }
                 let _g = lock::lock(&s.tx.lock);

@@ -367,6 +367,19 @@ impl Stream {
         self.validate = true;
     }
 
+    /// No link takes over, and the peer has told by other means how many of our bytes it has: where the stream goes on.
+    /// None: that can't be, or what it lacks is not here any more.
+    #[must_use]
+    pub fn resume_at(&self, received: u64) -> Option<u64> {
+        (self.fin.max(self.acked)..=self.top).contains(&received).then_some(received)
+    }
+
+    /// The peer's alert token.
+    #[must_use]
+    pub fn peer_token(&self) -> u32 {
+        self.token
+    }
+
     /// What the peer says.
     pub fn handle_cdc(&mut self, cdc: &Cdc) -> Result<Heard, Misbehaved> {
         let mut out = Heard::default();

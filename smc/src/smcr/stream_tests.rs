@@ -306,3 +306,16 @@ fn close_with_unread_bytes_is_an_abort() {
     a.post();
     assert!(a.stream.is_over() && b.stream.is_over());
 }
+
+/// Without a link the stream goes on where the peer says, if that can be.
+#[test]
+fn a_peer_may_lack_what_is_still_here_and_no_more() {
+    let mut s = Stream::new(Sizes { send: 4096, peer: 4096, own: 4096 }, 1);
+    s.wrote(100);
+    let first = s.poll_transmit().expect("bytes to send").cdc.seq;
+    s.wrote(50);
+    assert!(s.poll_transmit().is_some());
+    assert_eq!([0, 60, 150, 151].map(|at| s.resume_at(at)), [Some(0), Some(60), Some(150), None]);
+    assert!(s.completed(first));
+    assert_eq!([0, 99, 100, 150].map(|at| s.resume_at(at)), [None, None, Some(100), Some(150)]);
+}
