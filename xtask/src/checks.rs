@@ -13,7 +13,7 @@ use crate::{dist, packages, rounds, vm};
 const MODEL_LIMIT: Duration = Duration::from_secs(600);
 
 /// All tests in the VM, which is emulated.
-const VM_LIMIT: Duration = Duration::from_secs(600);
+const VM_LIMIT: Duration = Duration::from_secs(900);
 
 /// One check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
