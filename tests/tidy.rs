@@ -355,7 +355,7 @@ fn the_protocol_document_has_the_places_of_the_code() {
     let decline = Decline { instance: eight(4), diagnosis: four(5) as u32, out_of_sync: false };
     // The last byte of each field in turn.
     let last: [(&str, Message, &[u8]); 5] = [
-        ("`sender`", Message::Confirm(confirm), &[1, 1, 0, 1, 2, 3]),
+        ("`sender`", Message::Confirm(confirm), &[smc::mem::layout::LAYOUT_VERSION as u8, 1, 0, 1, 2, 3]),
         ("`Proposal`", Message::Proposal(proposal), &[4, 5, 6, 7]),
         ("`Accept`", Message::Accept(accept), &[4, 5, 6, 7, 8, 9, 10]),
         ("`Confirm`", Message::Confirm(confirm), &[4, 5]),
@@ -376,6 +376,8 @@ fn the_protocol_document_has_the_places_of_the_code() {
         }
     }
 
+    let version = smc::mem::layout::LAYOUT_VERSION;
+    assert!(text.contains(&format!("version of the page's layout, {version};")), "the layout's version");
     use smc::mem::layout::{CONN_PAGE_SIZE, HintLine, RxLine, SidePage, TxLine};
     use std::mem::offset_of;
     let (rx, ctl, hint) = (offset_of!(SidePage, rx), offset_of!(SidePage, ctl), offset_of!(SidePage, hint));
