@@ -161,6 +161,9 @@ pub struct Socket {
     handed: AtomicU32,
     /// Calls without waiting that have found nothing.
     idle: AtomicU32,
+    /// Waits to read since the last send, and what was sent then.
+    fed: AtomicU32,
+    sent_then: AtomicU64,
     /// Calls that armed the doorbell for a set that is told of edges.
     rearms: AtomicU32,
     /// How much the peer had taken when a sender last looked.
@@ -276,6 +279,8 @@ impl Socket {
             wanted: AtomicU32::new(0),
             handed: AtomicU32::new(0),
             idle: AtomicU32::new(0),
+            fed: AtomicU32::new(0),
+            sent_then: AtomicU64::new(0),
             rearms: AtomicU32::new(0),
             cons_then: AtomicU64::new(0),
             promised: AtomicU64::new(0),

@@ -24,6 +24,8 @@ const EINTR: isize = -(libc::EINTR as isize);
 /// is no time-out of a wake-up: those all come by the doorbell. It decides what nobody can know, whether the
 /// program will read before its write is over.
 const PATIENCE: u64 = 50_000_000;
+/// Waits to read without a send between, from which on a wait lets some messages come together.
+const FED: u32 = 32;
 /// Calls without waiting that find nothing, from one look at the doorbell to the next.
 const GLANCE: u32 = 32;
 /// Reads of a doorbell, one after the other, that find something. A peer rings once for each time this side arms.
@@ -333,9 +335,13 @@ impl Socket {
     fn spin(&self, s: &Slot, m: &Mapped<'_>, what: What) -> bool {
         let cpu = sys::cpu();
         m.me.hint.cpu.store(cpu, Relaxed);
-        let Some(mut spin) = s.wait.habit.begin(m.peer.hint.cpu.load(Relaxed) == cpu, None) else {
+        let beside = m.peer.hint.cpu.load(Relaxed) == cpu;
+        let Some(mut spin) = s.wait.habit.begin(beside, None) else {
             return self.ready(s, m, what);
         };
+        if matches!(what, What::Rx(_)) && self.is_fed(s) && !beside {
+            spin.gather();
+        }
         loop {
             for _ in 0..24 {
                 if self.ready(s, m, what) {
@@ -349,6 +355,16 @@ impl Socket {
                 return false;
             }
         }
+    }
+
+    /// Whether this side has waited to read for some time without a send between: the peer sends one message after the
+    /// other.
+    fn is_fed(&self, s: &Slot) -> bool {
+        // Hints, Relaxed: a lost update does no harm.
+        let sent = s.tx.prod.load(Relaxed);
+        let n = if self.sent_then.swap(sent, Relaxed) == sent { self.fed.load(Relaxed) + 1 } else { 0 };
+        self.fed.store(n.min(FED), Relaxed);
+        n >= FED
     }
 
     /// Registers a sleeper: takes stale rings, arms, looks once more. False: it has come, do not sleep.

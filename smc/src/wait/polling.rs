@@ -59,6 +59,11 @@ const MISSES: u32 = 4;
 const LEAST_SHORT: u32 = 8;
 const MOST_SHORT: u32 = 64;
 
+/// How long a wait for one message of many leaves the peer alone.
+const GATHER_NS: u64 = 1_000;
+/// Only where answers come about as fast: the budget learned from such.
+const GATHER_LEARNED_NS: u64 = 8_000 + 8 * GATHER_NS;
+
 /// What a waiter has learned. Hints only: Relaxed, and a lost update does no harm.
 #[derive(Debug)]
 #[repr(C)]
@@ -164,6 +169,22 @@ impl Spin<'_> {
         self.habit.misses.store(0, Relaxed);
     }
 
+    /// Before the first look of a wait for one message of many: each look takes the line that the peer writes to away from
+    /// its CPU, and costs the peer more than the message does. So it is left alone for as long as some take. No time is
+    /// lost: those that come meanwhile are read at once.
+    pub fn gather(&mut self) {
+        let answers = u64::from(self.habit.ns.load(Relaxed) & !CROWD);
+        if answers > GATHER_LEARNED_NS {
+            return;
+        }
+        while self.last - self.start < GATHER_NS && self.last - self.start < self.left {
+            for _ in 0..8 {
+                std::hint::spin_loop();
+            }
+            self.last = sys::now_ns().max(self.last);
+        }
+    }
+
     /// A look has found nothing: look again? Counts the miss if not.
     pub fn again(&mut self) -> bool {
         if section::is_deferred() {
@@ -264,6 +285,19 @@ mod tests {
             budget() == learned
         });
         assert_eq!(long.collect::<Vec<_>>(), [1, 2, 3, 4, 8, 16, 24, 32]);
+    }
+
+    #[test]
+    fn a_peer_that_feeds_is_left_alone_only_if_it_is_fast() {
+        let h = Habit::new();
+        let gathers = |learned: u64| {
+            h.ns.store(learned as u32, Relaxed);
+            let mut spin = h.begin(false, None).expect("a budget");
+            spin.gather();
+            spin.last - spin.start
+        };
+        assert!(gathers(GATHER_LEARNED_NS) >= GATHER_NS);
+        assert_eq!(gathers(GATHER_LEARNED_NS + 1), 0);
     }
 
     #[test]
