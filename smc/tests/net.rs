@@ -380,9 +380,15 @@ fn into_tcp_with_another_handle() {
 fn reserve_and_commit_across_many_wraps() {
     let (mut a, mut b) = upgraded();
     const ALL: usize = 40 * RING;
+    let (told, sent) = std::sync::mpsc::channel::<usize>();
     let reader = thread::spawn(move || {
-        let mut all = vec![0; ALL];
-        b.read_exact(&mut all).unwrap();
+        let (mut all, mut have) = (vec![0; ALL], 0);
+        for to in sent {
+            // One byte behind always: a ring that is empty would be begun anew, and never wrap.
+            b.read_exact(&mut all[have..to - 1]).unwrap();
+            have = to - 1;
+        }
+        b.read_exact(&mut all[have..]).unwrap();
         check(0, &all);
         b
     });
@@ -402,8 +408,10 @@ fn reserve_and_commit_across_many_wraps() {
         let n = if n > 10 && at % 3 == 0 { n - 7 } else { n };
         space.commit(n).unwrap();
         at += n;
+        told.send(at).unwrap();
         drop(a.reserve(100).unwrap());
     }
+    drop(told);
     reader.join().unwrap();
     assert!(wraps >= 10, "{wraps}");
 }
