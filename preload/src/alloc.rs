@@ -94,9 +94,10 @@ fn refill(c: usize) -> *mut u8 {
     let mut fresh = FRESH[c].load(Relaxed);
     loop {
         if fresh >= ONE {
-            // A piece is cut once in the life of the process, so a value never comes back. Relaxed: of the block nobody
-            // knows anything, so there is nothing to be seen before it.
-            match FRESH[c].compare_exchange_weak(fresh, fresh - ONE + size as u64, Relaxed, Relaxed) {
+            // A piece is cut once in the life of the process, so a value never comes back.
+            // ORDERING [alloc.piece] Acquire; pairs with the Release that brings the piece; other threads' cuts between
+            // are read-modify-writes, so they pass it on. Carries: the end of its use as a page, if it was one.
+            match FRESH[c].compare_exchange_weak(fresh, fresh - ONE + size as u64, Acquire, Relaxed) {
                 Ok(_) => return (fresh & ADDR) as *mut u8,
                 Err(f) => fresh = f,
             }
@@ -108,7 +109,8 @@ fn refill(c: usize) -> *mut u8 {
         }
         let rest = (len / size - 1) as u64 * ONE;
         let next = (piece as u64 + size as u64) & ADDR;
-        match FRESH[c].compare_exchange(fresh, rest | next, Relaxed, Relaxed) {
+        // ORDERING [alloc.piece] Release; pairs with the Acquire of who cuts a block off.
+        match FRESH[c].compare_exchange(fresh, rest | next, Release, Relaxed) {
             Ok(_) => return piece,
             Err(f) => fresh = f,
         }

@@ -148,7 +148,6 @@ pub struct Reserved<'a> {
     slot: &'a Slot,
     m: Mapped<'a>,
     at: u64,
-    place: u64,
     len: usize,
     fd: i32,
     /// Of the thread, and dropped by it.
@@ -171,13 +170,13 @@ impl Reserved<'_> {
     /// The space.
     #[must_use]
     pub fn pieces(&self) -> [SharedSlice<'_>; 2] {
-        pieces(&self.m.txbuf, self.place, self.len)
+        pieces(&self.m.txbuf, ring::at(&self.m.me.tx, self.at), self.len)
     }
 
     /// Sends the first `n` bytes, at most all. What a peer that wants out of the ring will not take is left to
     /// [`Socket::flush_left`].
     pub fn commit(self, n: usize) {
-        let Reserved { sock, slot: s, m, at, len, fd, guard, .. } = self;
+        let Reserved { sock, slot: s, m, at, len, fd, guard } = self;
         let n = n.min(len);
         if n == 0 {
             return;
@@ -285,8 +284,9 @@ impl Socket {
             let free = most.saturating_sub(size - free);
             if free >= low_water(most).min(want as u64).max(1) {
                 let len = free.min(want as u64) as usize;
-                let place = m.place(s, at, len as u64);
-                return Ok(Some(Reserved { sock: self, slot: s, m, at, place, len, fd, guard }));
+                // Where it is stays so while the lock is held.
+                let _ = m.place(s, at, len as u64);
+                return Ok(Some(Reserved { sock: self, slot: s, m, at, len, fd, guard }));
             }
             s.tx.blocked.store(1, Relaxed);
             drop(guard);
