@@ -19,15 +19,15 @@
 use std::{
     env, fs,
     io::{self, Write as _},
-    os::{
-        fd::AsRawFd as _,
-        unix::{fs::PermissionsExt as _, process::CommandExt as _},
-    },
+    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Command, ExitCode},
 };
 
 use libtest_mimic::{Arguments, Failed, Trial};
+
+#[path = "harness/mod.rs"]
+mod harness;
 
 /// Kills what hangs.
 const LIMIT: &str = "300";
@@ -301,15 +301,7 @@ fn alone(command: &[String]) -> io::Result<()> {
     if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    let s = std::net::UdpSocket::bind("0.0.0.0:0")?;
-    // struct ifreq: a name of 16 bytes, then flags.
-    let mut r = [0u8; 40];
-    r[..2].copy_from_slice(b"lo");
-    r[16..18].copy_from_slice(&((libc::IFF_UP | libc::IFF_RUNNING) as u16).to_ne_bytes());
-    // SAFETY: a struct ifreq that lives over the call.
-    if unsafe { libc::ioctl(s.as_raw_fd(), libc::SIOCSIFFLAGS as _, r.as_mut_ptr()) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
+    harness::loopback_up()?;
     let mut unshare = Command::new("unshare");
     unshare.args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private"]);
     Err(unshare.args(command).exec())

@@ -179,16 +179,7 @@ fn up(flags: i32) -> io::Result<()> {
 /// A network of its own, with a loopback that works.
 fn own_network() -> io::Result<()> {
     up(libc::CLONE_NEWNET)?;
-    let s = std::net::UdpSocket::bind("0.0.0.0:0")?;
-    // struct ifreq: a name of 16 bytes, then flags.
-    let mut r = [0u8; 40];
-    r[..2].copy_from_slice(b"lo");
-    r[16..18].copy_from_slice(&((libc::IFF_UP | libc::IFF_RUNNING) as u16).to_ne_bytes());
-    // SAFETY: a struct ifreq that lives over the call.
-    if unsafe { libc::ioctl(s.as_raw_fd(), libc::SIOCSIFFLAGS as _, r.as_mut_ptr()) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
+    harness::loopback_up()
 }
 
 /// In pid and mount namespaces of its own, where it is process 1 and sees its own /proc only.

@@ -367,6 +367,22 @@ impl Drop for Running {
     }
 }
 
+/// Brings up the loopback of a network that is new.
+pub fn loopback_up() -> std::io::Result<()> {
+    let s = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    // struct ifreq: a name of 16 bytes, then flags.
+    let mut r = [0u8; 40];
+    r[..2].copy_from_slice(b"lo");
+    r[16..18].copy_from_slice(&((libc::IFF_UP | libc::IFF_RUNNING) as u16).to_ne_bytes());
+    // SAFETY: a struct ifreq that lives over the call.
+    if unsafe { libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(&s), libc::SIOCSIFFLAGS as _, r.as_mut_ptr()) }
+        != 0
+    {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Whether somebody listens on a TCP port, by the kernel's table.
 pub fn listening(port: u16) -> bool {
     ["/proc/net/tcp", "/proc/net/tcp6"].iter().any(|f| {
