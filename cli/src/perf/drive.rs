@@ -177,6 +177,11 @@ fn ask_once(dial: &Dial, counter: &Counter, b: &mut Bench) -> Result<()> {
             io::ErrorKind::AddrNotAvailable => Problem::new(
                 "no local port is free: too many connections are in TIME_WAIT (ip_local_port_range, tcp(7))",
             ),
+            // It listened when the test began.
+            io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => Problem::new(format!(
+                "connection {}: {e}: the other end closed its port in the middle of the test",
+                counts.messages + 1
+            )),
             _ => Problem::new(format!("connection {}: {e}", counts.messages + 1)),
         })?;
         link.prepare(&spec)?;
