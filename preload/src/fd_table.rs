@@ -12,6 +12,10 @@
 //! The last fd may be closed while calls are under way in other threads. The kernel keeps a socket until they
 //! are over, and so does this table: the socket is parked under a number of ours, and ends with the last
 //! reference.
+//!
+//! The numbers of a connection may be made to name another socket ([`Moves`]). While that is done they name
+//! [`MOVING`], of which nobody gets a reference, and who looks one up waits. It is done only if no call is under way
+//! that has one of the connection.
 
 use crate::hooks::epoll::{Members, Set};
 use engine::conn::Socket;
@@ -29,6 +33,10 @@ static ENDED: Sums = Sums::new();
 static HIGHEST: AtomicU32 = AtomicU32::new(0);
 /// Numbers that name an entry: counted before they do, and off when they no longer do.
 static NAMED: AtomicU32 = AtomicU32::new(0);
+/// What a number names while it is being moved. Its count stays zero.
+static MOVING: Entry = Entry::new();
+/// Held while numbers name [`MOVING`], and over a fork: the child would have nobody to move them on.
+static MOVES: AtomicU32 = AtomicU32::new(0);
 
 /// What an fd is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -237,8 +245,10 @@ fn take_ref(cell: &AtomicPtr<Entry>, p: *mut Entry) -> Option<Ref> {
     let e: &'static Entry = unsafe { &*p };
     // Nearly always nobody else counts at this moment.
     let n = e.refs.load(Relaxed);
-    if n != 0 && e.refs.compare_exchange(n, n + 1, Acquire, Relaxed).is_ok() {
-        if cell.load(Acquire) == p {
+    // ORDERING [table.move] SeqCst, both; pairs with `Moves::take`. Here: count, look at the number. There: mark the
+    // number, look at the count. Either the call is counted, or it finds the number marked and waits.
+    if n != 0 && e.refs.compare_exchange(n, n + 1, SeqCst, Relaxed).is_ok() {
+        if cell.load(SeqCst) == p {
             return Some(Ref(e, section));
         }
         release(e);
@@ -249,13 +259,17 @@ fn take_ref(cell: &AtomicPtr<Entry>, p: *mut Entry) -> Option<Ref> {
 #[cold]
 fn take_ref_on(cell: &AtomicPtr<Entry>, mut p: *mut Entry, section: Section) -> Option<Ref> {
     loop {
+        if is_moving(p) && !wait_for_moves() {
+            return None;
+        }
         // SAFETY: entries are never unmapped (see the module).
         let e: &'static Entry = unsafe { &*p };
         let mut n = e.refs.load(Relaxed);
         while n != 0 {
-            match e.refs.compare_exchange_weak(n, n + 1, Acquire, Relaxed) {
+            // ORDERING [table.move] SeqCst, both; as in `take_ref`.
+            match e.refs.compare_exchange_weak(n, n + 1, SeqCst, Relaxed) {
                 Ok(_) => {
-                    let now = cell.load(Acquire);
+                    let now = cell.load(SeqCst);
                     if now == p {
                         return Some(Ref(e, section));
                     }
@@ -401,12 +415,27 @@ pub fn install(fd: i32, r: &Ref) {
     HIGHEST.fetch_max(fd as u32, Relaxed);
     r.0.refs.fetch_add(1, Relaxed);
     NAMED.fetch_add(1, Relaxed);
-    // ORDERING [table.publish] AcqRel; pairs with the Acquire in `lookup`. Carries: the entry's words.
-    let old = cell.swap(std::ptr::from_ref(r.0).cast_mut(), AcqRel);
+    let old = swap(cell, std::ptr::from_ref(r.0).cast_mut());
     if !old.is_null() {
         NAMED.fetch_sub(1, Relaxed);
         // SAFETY: the table held a reference on it, which is now ours to drop.
         release(unsafe { &*old });
+    }
+}
+
+/// What `cell` named, which names `to` from now on; a number that is being moved is waited for.
+#[inline]
+fn swap(cell: &AtomicPtr<Entry>, to: *mut Entry) -> *mut Entry {
+    let mut old = cell.load(Relaxed);
+    loop {
+        if is_moving(old) && !wait_for_moves() {
+            return std::ptr::null_mut();
+        }
+        // ORDERING [table.publish] AcqRel; pairs with the Acquire in `lookup`. Carries: the entry's words.
+        match cell.compare_exchange(old, to, AcqRel, Relaxed) {
+            Ok(_) => return old,
+            Err(now) => old = now,
+        }
     }
 }
 
@@ -420,7 +449,7 @@ pub fn before_close(fd: i32) -> Option<Ref> {
         return None;
     }
     let section = section::enter();
-    let p = cell.swap(std::ptr::null_mut(), AcqRel);
+    let p = swap(cell, std::ptr::null_mut());
     if p.is_null() {
         return None;
     }
@@ -451,7 +480,7 @@ fn forget(fd: i32) {
 fn before_close_stale(fd: i32) -> Option<Ref> {
     let cell = TABLE.get(fd as usize)?;
     let section = section::enter();
-    let p = cell.swap(std::ptr::null_mut(), AcqRel);
+    let p = swap(cell, std::ptr::null_mut());
     if p.is_null() {
         return None;
     }
@@ -508,12 +537,6 @@ fn let_go(fd: i32, r: Ref) -> bool {
     true
 }
 
-/// The connection is in no epoll set, and its numbers name something else by now: it lives on in another process.
-pub fn abandon(r: &Ref) {
-    unname(r);
-    r.last.store(r.sock.abandon().into(), Release);
-}
-
 /// No number leads to the entry any more.
 fn unname(r: &Ref) {
     let mut at = 0;
@@ -526,6 +549,104 @@ fn unname(r: &Ref) {
             // SAFETY: the table held a reference on it, which is now ours to drop.
             release(unsafe { &*p });
             r.fds.fetch_sub(1, AcqRel);
+        }
+    }
+}
+
+// ---- numbers are moved
+
+fn is_moving(p: *mut Entry) -> bool {
+    std::ptr::eq(p, &MOVING)
+}
+
+/// A number that is being moved has been met: waits until it is something again. False: it is this very thread that
+/// moves it, to which it is a number like any other.
+#[cold]
+fn wait_for_moves() -> bool {
+    if engine::lock::held_by_me(&MOVES) {
+        return false;
+    }
+    drop(engine::lock::lock(&MOVES));
+    true
+}
+
+/// The right to move numbers: one thread at a time has it.
+#[derive(Debug)]
+pub struct Moves(#[allow(dead_code, reason = "its drop")] engine::lock::Guard<'static>);
+
+/// The numbers of a connection, marked: until this is dropped they name nothing, and other threads wait that use them.
+#[derive(Debug)]
+pub struct Taken {
+    e: Ref,
+    numbers: Vec<i32>,
+}
+
+/// Calls in which other threads have the connection, and which take no longer, are waited for.
+const SHORT_NS: u64 = 5_000_000;
+
+impl Moves {
+    /// In a section.
+    pub fn begin() -> Option<Moves> {
+        (!engine::lock::held_by_me(&MOVES)).then(|| Moves(engine::lock::lock(&MOVES)))
+    }
+
+    /// All numbers that name `e`, if nobody uses it but the caller, who has one reference. `None`: another thread is in
+    /// a call on it that waits, and nothing has changed.
+    ///
+    /// A number that comes to name `e` meanwhile comes of a call that has a reference.
+    pub fn take(&self, e: &Ref) -> Option<Taken> {
+        let p = std::ptr::from_ref(e.entry()).cast_mut();
+        let mut t = Taken { e: e.clone(), numbers: Vec::new() };
+        for fd in 0..=HIGHEST.load(Relaxed) {
+            let mark = std::ptr::from_ref(&MOVING).cast_mut();
+            let cell = &TABLE[fd as usize];
+            // ORDERING [table.move] SeqCst; pairs with `take_ref`.
+            if cell.load(Relaxed) == p && cell.compare_exchange(p, mark, SeqCst, Relaxed).is_ok() {
+                t.numbers.push(fd as i32);
+            }
+        }
+        // The numbers', the caller's, and `t`'s.
+        let mine = t.numbers.len() as u32 + 2;
+        let mut until = None;
+        // ORDERING [table.move] SeqCst; pairs with `take_ref`.
+        while e.refs.load(SeqCst) != mine {
+            let now = engine::sys::now_ns();
+            if now > *until.get_or_insert(now + SHORT_NS) {
+                return None;
+            }
+            engine::sys::yield_cpu();
+        }
+        Some(t)
+    }
+}
+
+impl Taken {
+    /// The numbers.
+    pub fn numbers(&self) -> &[i32] {
+        &self.numbers
+    }
+
+    /// They name something else from now on, of which we know nothing, and the connection lives on in another process
+    /// only. It is in no epoll set.
+    pub fn for_good(mut self) {
+        let e = self.e.entry();
+        for fd in std::mem::take(&mut self.numbers) {
+            e.fds.fetch_sub(1, AcqRel);
+            NAMED.fetch_sub(1, Relaxed);
+            TABLE[fd as usize].store(std::ptr::null_mut(), Release);
+            // The table held a reference on it.
+            release(e);
+        }
+        e.last.store(e.sock.abandon().into(), Release);
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        let p = std::ptr::from_ref(self.e.entry()).cast_mut();
+        for fd in &self.numbers {
+            // ORDERING [table.publish] Release; pairs with the Acquire in `lookup`, as in `swap`.
+            TABLE[*fd as usize].store(p, Release);
         }
     }
 }
@@ -571,9 +692,15 @@ pub fn sum_up(into: &Sums) {
     each(Kind::Stream, |r| into.add(&r.sock.totals()));
 }
 
-/// The fork of that token is about to happen.
+/// The fork of that token is about to happen; [`after_fork`] or [`after_fork_child`] follows.
 pub fn before_fork(token: u32) {
+    std::mem::forget(engine::lock::lock(&MOVES));
     each(Kind::Stream, |r| r.sock.before_fork(token));
+}
+
+/// The fork has happened, or not.
+pub fn after_fork() {
+    engine::lock::give_up(&MOVES);
 }
 
 /// It failed.
@@ -590,6 +717,7 @@ pub fn forked(token: u32, pid: u32) {
 pub fn after_fork_child(token: u32, parent: i32) {
     POOL_LOCK.store(0, Relaxed);
     GIVING.store(0, Relaxed);
+    MOVES.store(0, Relaxed);
     ENDED.clear();
     each(Kind::Stream, |r| {
         r.sock.after_fork_child(token);
@@ -608,6 +736,7 @@ pub fn after_fork_child(token: u32, parent: i32) {
 pub fn only(r: &Ref, fd: i32) {
     POOL_LOCK.store(0, Relaxed);
     GIVING.store(0, Relaxed);
+    MOVES.store(0, Relaxed);
     for cell in &TABLE[..=HIGHEST.load(Relaxed) as usize] {
         cell.store(std::ptr::null_mut(), Relaxed);
     }

@@ -28,7 +28,11 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(linux_aio_with_bytes_waiting),
     s!(posix_aio),
     s!(posix_aio_with_bytes_waiting).procs(),
-    s!(posix_aio_beside_a_thread).procs().open("the peer must act to move what waits"),
+    s!(posix_aio_beside_a_thread).procs(),
+    s!(posix_aio_beside_senders).procs().not_tiny(),
+    s!(posix_aio_in_sets).procs(),
+    s!(posix_aio_after_one_shot).procs(),
+    s!(stdio_with_bytes_waiting_beside_threads).procs(),
     s!(ring_made_before),
     s!(ring_made_in_the_middle),
     s!(ring_made_with_bytes_waiting),
@@ -427,6 +431,117 @@ fn posix_aio_beside_a_thread(w: &World) {
     posix_aio_with_bytes_waiting(w);
     drop(stop);
     t.join().expect("it only waits");
+}
+
+/// Other threads use the connection by one number or another at all times, and no byte of theirs is lost or comes twice.
+fn posix_aio_beside_senders(w: &World) {
+    let mut c = w.pair();
+    w.far(&c, "put 500");
+    c.arrived(500);
+    let d = sys::dup(c.fd).expect("dup") as i32;
+    let sent = std::sync::Mutex::new((c.next(4000), 0));
+    std::thread::scope(|s| {
+        for fd in [c.fd, d] {
+            let sent = &sent;
+            s.spawn(move || {
+                loop {
+                    let mut sent = sent.lock().expect("not poisoned");
+                    let at = sent.1;
+                    let Some(piece) = sent.0.get(at..at + 10) else { return };
+                    if let Err(e) = sys::send(fd, piece, libc::MSG_NOSIGNAL) {
+                        return log!("send {}", sys::errno_name(e));
+                    }
+                    sent.1 += 10;
+                }
+            });
+        }
+        let mut b = vec![0; 500];
+        let r = aio_run(aio_read, c.fd, &mut b, || ());
+        log!("aio_read {}", c.checked(r, &b));
+    });
+    log!("far {}", w.far(&c, "get 4000"));
+    log!("{}", show(sys::close(d)));
+    w.still_good(&mut c);
+}
+
+/// The connection is in sets, which go on telling of it.
+fn posix_aio_in_sets(w: &World) {
+    let mut c = w.pair();
+    let (level, edge) = (sys::epoll_create(), sys::epoll_create());
+    sys::epoll_add(level, c.fd, libc::EPOLLIN, 7);
+    sys::epoll_add(edge, c.fd, libc::EPOLLIN | libc::EPOLLRDHUP | libc::EPOLLET, 8);
+    w.far(&c, "put 500");
+    c.arrived(500);
+    for set in [level, edge] {
+        log!("{}", sys::show_epoll(sys::epoll_wait(set, 4, 4000)));
+    }
+    let mut b = vec![0; 500];
+    let r = aio_run(aio_read, c.fd, &mut b, || ());
+    log!("aio_read {}", c.checked(r, &b));
+    log!("empty {}", sys::show_epoll(sys::epoll_wait(level, 4, 0)));
+    w.far(&c, "put 300");
+    for set in [level, edge] {
+        log!("{}", sys::show_epoll(sys::epoll_wait(set, 4, 4000)));
+    }
+    log!("{}", c.get(300));
+    let ctl = |set, op, events: i32, data| show(sys::epoll_ctl(set, op, c.fd, events as u32, data));
+    log!("{}", ctl(level, libc::EPOLL_CTL_ADD, libc::EPOLLIN, 1));
+    log!("{}", ctl(level, libc::EPOLL_CTL_MOD, libc::EPOLLOUT, 9));
+    log!("{}", sys::show_epoll(sys::epoll_wait(level, 4, 4000)));
+    log!("{} {}", ctl(level, libc::EPOLL_CTL_DEL, 0, 0), ctl(level, libc::EPOLL_CTL_DEL, 0, 0));
+    w.far(&c, "shutdown 1");
+    log!("{}", sys::show_epoll(sys::epoll_wait(edge, 4, 4000)));
+    let mut out = c.next(100);
+    log!("aio_write {}", show(aio_run(aio_write, c.fd, &mut out, || ())));
+    log!("far {}", w.far(&c, "get 100"));
+}
+
+/// The set has told of what has come, and will tell no more before it is asked to: a thread's turn with the connection.
+fn posix_aio_after_one_shot(w: &World) {
+    let mut c = w.pair();
+    let set = sys::epoll_create();
+    let events = libc::EPOLLIN | libc::EPOLLONESHOT;
+    sys::epoll_add(set, c.fd, events, 7);
+    w.start_far(&c, "put 500");
+    log!("{}", sys::show_epoll(sys::epoll_wait(set, 4, 4000)));
+    log!("{}", w.finish());
+    let mut b = vec![0; 500];
+    let r = aio_run(aio_read, c.fd, &mut b, || ());
+    log!("aio_read {}", c.checked(r, &b));
+    w.far(&c, "put 300");
+    log!("none {}", sys::show_epoll(sys::epoll_wait(set, 4, 50)));
+    log!("{}", show(sys::epoll_ctl(set, libc::EPOLL_CTL_MOD, c.fd, events as u32, 9)));
+    log!("{}", sys::show_epoll(sys::epoll_wait(set, 4, 4000)));
+    log!("{}", c.get(300));
+    w.still_good(&mut c);
+}
+
+/// Each thread has a connection of its own, with a line in it that has come before stdio has the connection.
+fn stdio_with_bytes_waiting_beside_threads(w: &World) {
+    let all: Vec<_> = (0..4).map(|_| w.pair()).collect();
+    for c in &all {
+        w.far(c, "say first\n");
+        c.arrived(6);
+    }
+    let lines: Vec<String> = std::thread::scope(|s| {
+        let read = |fd| {
+            // SAFETY: the scenario hands the fd over to stdio.
+            let f = unsafe { libc::fdopen(fd, c"r".as_ptr()) };
+            let mut line = [0 as libc::c_char; 100];
+            // SAFETY: a live buffer of this length and an open FILE.
+            let p = unsafe { libc::fgets(line.as_mut_ptr(), 100, f) };
+            // SAFETY: fgets ends what it read with a zero; the buffer was zeroed before.
+            let text = unsafe { std::ffi::CStr::from_ptr(line.as_ptr()) };
+            format!("{} {text:?}", !p.is_null())
+        };
+        let threads: Vec<_> = all.iter().map(|c| c.fd).map(|fd| s.spawn(move || read(fd))).collect();
+        threads.into_iter().map(|t| t.join().expect("it has read")).collect()
+    });
+    log!("{lines:?}");
+    for c in &all {
+        log!("{}", show(sys::send(c.fd, b"back\n", libc::MSG_NOSIGNAL)));
+        log!("far {}", w.far(c, "hear"));
+    }
 }
 
 /// A ring of io_uring made by its system calls alone: one operation at a time.

@@ -53,26 +53,11 @@ pub struct Scenario {
     unforced: bool,
     /// Takes long: a longer watchdog.
     slow: bool,
-    /// Known to differ still, and how: left out of a plain run and counted as ignored; `--ignored` runs it.
-    open: Option<&'static str>,
 }
 
 impl Scenario {
     const fn new(name: &'static str, run: fn(&World)) -> Self {
-        Scenario {
-            name,
-            run,
-            procs: false,
-            plain: false,
-            not_tiny: false,
-            unforced: false,
-            slow: false,
-            open: None,
-        }
-    }
-    const fn open(mut self, why: &'static str) -> Self {
-        self.open = Some(why);
-        self
+        Scenario { name, run, procs: false, plain: false, not_tiny: false, unforced: false, slow: false }
     }
     const fn procs(mut self) -> Self {
         self.procs = true;
@@ -319,13 +304,7 @@ fn main() {
     let trials = FILES
         .iter()
         .flat_map(|(file, all)| {
-            all.iter().map(move |s| {
-                let t = Trial::test(format!("{file}::{}", s.name), move || check(s));
-                match s.open {
-                    Some(why) => t.with_kind(why).with_ignored_flag(true),
-                    None => t,
-                }
-            })
+            all.iter().map(move |s| Trial::test(format!("{file}::{}", s.name), move || check(s)))
         })
         .collect();
     let mut args = Arguments::from_args();

@@ -8,7 +8,7 @@ use crate::{
 use std::{
     ffi::CString,
     ptr,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
 };
 
 /// The table of this file.
@@ -64,6 +64,7 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(vfork_exec).procs(),
     s!(spawn_cat).procs(),
     s!(spawn_and_go_on).procs(),
+    s!(spawn_beside_senders).procs().not_tiny(),
     s!(system_and_popen).procs(),
     s!(exec_unrelated).procs(),
     s!(exec_that_fails).procs(),
@@ -1139,6 +1140,45 @@ fn spawn_and_go_on(w: &World) {
     log!("{}", show(sys::send(c.fd, b"ours\n", 0)));
     log!("far {}", w.far(&c, "hear"));
     log!("{} far {}", show(sys::close(c.fd)), w.far(&c, "hear"));
+}
+
+/// As above, in a program whose other threads use the connection at all times.
+fn spawn_beside_senders(w: &World) {
+    let c = w.pair();
+    w.far(&c, "say first\nsecond\n");
+    c.arrived(13);
+    let mut pid = 0;
+    let argv = [c"head".as_ptr().cast_mut(), c"-n1".as_ptr().cast_mut(), ptr::null_mut()];
+    let env = [ptr::null_mut()];
+    let (sent, go_on) = (AtomicU32::new(0), AtomicBool::new(true));
+    let r = std::thread::scope(|s| {
+        for _ in 0..2 {
+            s.spawn(|| {
+                while go_on.load(Ordering::Relaxed) && sent.load(Ordering::Relaxed) < 4000 {
+                    match sys::send(c.fd, b"m", libc::MSG_NOSIGNAL) {
+                        Ok(_) => _ = sent.fetch_add(1, Ordering::Relaxed),
+                        Err(e) => return log!("send {}", sys::errno_name(e)),
+                    }
+                }
+            });
+        }
+        // SAFETY: all-zero is replaced by init; every pointer is live.
+        let r = unsafe {
+            let mut fa: libc::posix_spawn_file_actions_t = std::mem::zeroed();
+            libc::posix_spawn_file_actions_init(&mut fa);
+            libc::posix_spawn_file_actions_adddup2(&mut fa, c.fd, 0);
+            let r =
+                libc::posix_spawnp(&mut pid, c"head".as_ptr(), &fa, ptr::null(), argv.as_ptr(), env.as_ptr());
+            libc::posix_spawn_file_actions_destroy(&mut fa);
+            r
+        };
+        log!("{}", sys::wait(pid));
+        go_on.store(false, Ordering::Relaxed);
+        r
+    });
+    let n = sent.load(Ordering::Relaxed);
+    log!("{r} {}", show(sys::shutdown(c.fd, libc::SHUT_WR)));
+    log!("all of them {}", w.far(&c, "tally") == format!("m {n} h 0 other 0"));
 }
 
 /// Commands of a shell that read from a connection which they inherit.

@@ -56,7 +56,7 @@
 mod links;
 mod set;
 
-pub use links::{Members, adopt, before_close, comes_anew, fd_gone, let_go, resync};
+pub use links::{Members, Seat, adopt, before_close, comes_anew, fd_gone, leave, let_go, resync};
 pub use set::Set;
 
 use super::data::hook;

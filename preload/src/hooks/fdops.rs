@@ -4,7 +4,7 @@ use super::data::{alias, hook};
 use super::making::{made, made_from};
 use super::relay::{Relay, take_over};
 use super::sockets::{back_to_tcp, hand_over, hand_over_here};
-use crate::fd_table;
+use crate::fd_table::{self, Ref};
 use crate::hook::{errno, fail, given, plausible, set_errno};
 use crate::real::real;
 use engine::fd::Fd;
@@ -13,10 +13,10 @@ use engine::reason::Reason;
 use libc::{FILE, c_char, c_int, c_uint, msghdr};
 use std::sync::atomic::Ordering::Relaxed;
 
-/// `new` is a duplicate of `old`.
-fn duplicated(old: c_int, new: c_int) {
+/// `new` is a duplicate of `old`, whose entry the caller had before it was made: nobody has moved its numbers since.
+fn duplicated(e: Option<Ref>, old: c_int, new: c_int) {
     fd_table::set_tcp(new, fd_table::is_tcp(old));
-    let Some(e) = fd_table::lookup(old) else { return };
+    let Some(e) = e else { return };
     if new <= 2 {
         super::process::placed(new);
         // Standard input or output: stdio and exec'd programs use it without us.
@@ -38,9 +38,10 @@ hook! {
         if internal_fds::contains(fd) {
             return fail(libc::EBADF);
         }
+        let e = fd_table::lookup(fd);
         let r = made(|| real!(dup(fd => c_int) -> c_int));
         if r >= 0 {
-            duplicated(fd, r);
+            duplicated(e, fd, r);
         }
         r
     }
@@ -54,13 +55,14 @@ fn over(old: c_int, new: c_int, kernel: impl FnOnce() -> c_int) -> c_int {
     if old == new || engine::sys::getfl(old) < 0 {
         return kernel();
     }
+    let entry = fd_table::lookup(old);
     let gone = fd_table::before_close(new);
     let r = kernel();
     let e = errno();
     drop(gone);
     if r >= 0 {
         super::ready::numbered(r);
-        duplicated(old, r);
+        duplicated(entry, old, r);
     }
     set_errno(e);
     r
@@ -88,31 +90,32 @@ hook! {
             return fail(libc::EBADF);
         }
         let kernel = || real!(fcntl(fd => c_int, cmd => c_int, arg => usize) -> c_int);
-        let r = match cmd {
-            libc::F_DUPFD | libc::F_DUPFD_CLOEXEC => made_from(arg as c_int, kernel),
-            _ => kernel(),
-        };
-        if r < 0 {
+        if let libc::F_DUPFD | libc::F_DUPFD_CLOEXEC = cmd {
+            let e = fd_table::lookup(fd);
+            let r = made_from(arg as c_int, kernel);
+            if r >= 0 {
+                duplicated(e, fd, r);
+            }
             return r;
         }
-        after_fcntl(fd, cmd, arg, r);
+        let r = kernel();
+        if r >= 0 {
+            after_fcntl(fd, cmd, arg);
+        }
         r
     }
 }
 
-fn after_fcntl(fd: c_int, cmd: c_int, arg: usize, r: c_int) {
-    match cmd {
-        libc::F_DUPFD | libc::F_DUPFD_CLOEXEC => duplicated(fd, r),
-        libc::F_SETFL => {
-            let Some(e) = fd_table::stream(fd) else { return };
-            if let Some(s) = e.sock.slot() {
-                s.nonblock.store((arg as c_int & libc::O_NONBLOCK != 0).into(), Relaxed);
-            }
-            if arg as c_int & libc::O_ASYNC != 0 {
-                back_to_tcp(&e, fd, Reason::AsyncIo);
-            }
-        }
-        _ => {}
+fn after_fcntl(fd: c_int, cmd: c_int, arg: usize) {
+    if cmd != libc::F_SETFL {
+        return;
+    }
+    let Some(e) = fd_table::stream(fd) else { return };
+    if let Some(s) = e.sock.slot() {
+        s.nonblock.store((arg as c_int & libc::O_NONBLOCK != 0).into(), Relaxed);
+    }
+    if arg as c_int & libc::O_ASYNC != 0 {
+        back_to_tcp(&e, fd, Reason::AsyncIo);
     }
 }
 alias! {

@@ -59,6 +59,7 @@ pub extern "C" fn before_fork() {
 
 /// The fork has happened, or not.
 extern "C" fn in_parent() {
+    fd_table::after_fork();
     section::leave();
 }
 
@@ -302,52 +303,93 @@ fn meant_by(actions: *const c_void, fd: c_int) -> bool {
 /// move there a [relay](super::relay) takes our place, if the connection is meant for the program: by the actions, or
 /// as its standard input or output that this process has prepared, or because the program takes the place of its only
 /// holder. One that others hold as well, and that is merely inherited, stays theirs to read.
-fn before_spawn(actions: *const c_void, caller: Caller) -> Vec<Relay> {
-    let mut relays = Vec::<Relay>::new();
+///
+/// While the numbers name a relay's end other threads of a process that goes on wait before they use them; one that is
+/// in a call already is not to be waited for, and there is no relay then.
+fn before_spawn(actions: *const c_void, caller: Caller) -> Starting {
+    let mut s = Starting { relays: Vec::new(), taken: Vec::new(), moves: None };
     let inherited = |fd: &c_int| kept(*fd) || duplicated_by(actions, *fd);
     for fd in fd_table::numbers() {
         let Some(e) = fd_table::stream(fd).filter(|_| inherited(&fd)) else { continue };
-        if relays.iter().any(|r| r.e.id() == e.id()) {
+        if s.has(&e) {
             continue;
         }
         let numbers: Vec<_> =
             fd_table::numbers().into_iter().filter(|n| fd_table::names(*n, e.id()) && inherited(n)).collect();
         let meant = |n: &c_int| match caller {
             Caller::Ends => was_placed(*n),
-            // While the numbers are replaced no other thread may use them.
-            Caller::GoesOn => meant_by(actions, *n) && engine::sys::threads() == Some(1),
+            Caller::GoesOn => meant_by(actions, *n),
         };
         let meant = numbers.iter().any(meant) || caller == Caller::Ends && e.sock.is_alone();
-        let relay = || (meant && e.sock.strands(true)).then(|| Relay::in_place(&e, &numbers)).flatten();
-        if let Some(r) = relay() {
-            relays.push(r);
+        if meant && s.relays(&e, &numbers, caller) {
             continue;
         }
         hand_over(&e, fd, Reason::Exec);
         // The peer may have ended its stream just before it was asked for the rest.
-        relays.extend(relay());
+        if meant {
+            s.relays(&e, &numbers, caller);
+        }
     }
-    relays
+    s
+}
+
+/// Relays for a program that is about to be started.
+struct Starting {
+    relays: Vec<Relay>,
+    /// Their numbers, if others could use them.
+    taken: Vec<fd_table::Taken>,
+    moves: Option<fd_table::Moves>,
+}
+
+impl Starting {
+    /// Whether the connection has a relay.
+    fn has(&self, e: &Ref) -> bool {
+        self.relays.iter().any(|r| r.e.id() == e.id())
+    }
+
+    /// A relay for `e`, if it takes one and there is one to be had.
+    fn relays(&mut self, e: &Ref, numbers: &[c_int], caller: Caller) -> bool {
+        if !e.sock.strands(true) {
+            return false;
+        }
+        let mut taken = None;
+        if caller == Caller::GoesOn {
+            if self.moves.is_none() {
+                self.moves = fd_table::Moves::begin();
+            }
+            taken = self.moves.as_ref().and_then(|m| m.take(e));
+            if taken.is_none() {
+                return false;
+            }
+        }
+        let Some(r) = Relay::in_place(e, numbers) else { return false };
+        self.relays.push(r);
+        self.taken.extend(taken);
+        true
+    }
+
+    /// The program has been started, or not.
+    fn done(self, started: bool) {
+        let e = crate::hook::errno();
+        for mut r in self.relays {
+            if started { r.go() } else { r.undo() }
+        }
+        // The numbers name their connections again: now others may use them.
+        drop(self.taken);
+        drop(self.moves);
+        crate::hook::set_errno(e);
+    }
 }
 
 /// A posix_spawn.
 fn spawning(actions: *const c_void, real: impl FnOnce() -> c_int) -> c_int {
-    let relays = before_spawn(actions, Caller::GoesOn);
+    let starting = before_spawn(actions, Caller::GoesOn);
     // The new program gets the mask that this thread has: nothing may be deferred.
     let n = section::open();
     let r = real();
     section::close(n);
-    spawned(relays, r == 0);
+    starting.done(r == 0);
     r
-}
-
-/// The program of posix_spawn and its like has been started, or not.
-fn spawned(relays: Vec<Relay>, started: bool) {
-    let e = crate::hook::errno();
-    for mut r in relays {
-        if started { r.go() } else { r.undo() }
-    }
-    crate::hook::set_errno(e);
 }
 
 /// Whether exec keeps `fd` open.
@@ -368,7 +410,7 @@ struct Leaving {
 /// without a word to us must not count as a holder, or a parent that has forked and exec'd something would
 /// never be alone with its connections again. Undone by [`exec_failed`].
 fn before_exec() -> Leaving {
-    let relays = before_spawn(ptr::null(), Caller::Ends);
+    let relays = before_spawn(ptr::null(), Caller::Ends).relays;
     let mut gone = Vec::new();
     fd_table::each(Kind::Stream, |e| gone.push(e.clone()));
     for fd in fd_table::numbers() {
@@ -486,7 +528,7 @@ hook! {
 hook! {
     /// system(3).
     fn system(command: *const c_char) -> c_int {
-        before_spawn(ptr::null(), Caller::GoesOn);
+        before_spawn(ptr::null(), Caller::GoesOn).done(true);
         real!(system(command => *const c_char) -> c_int)
     }
 }
@@ -494,7 +536,7 @@ hook! {
 hook! {
     /// popen(3).
     fn popen(command: *const c_char, kind: *const c_char) -> *mut FILE {
-        before_spawn(ptr::null(), Caller::GoesOn);
+        before_spawn(ptr::null(), Caller::GoesOn).done(true);
         real!(popen(command => *const c_char, kind => *const c_char) -> *mut FILE)
     }
 }

@@ -15,7 +15,7 @@
 //! touches nothing, so an exec that fails is undone by [`Relay::undo`] and nobody has seen anything. Likewise for a
 //! connection that is passed by SCM_RIGHTS: the relay begins when the sender has closed its own ([`Relay::inherits`]).
 //! And for what reads in this process without us, such as stdio: the numbers name the relay's connection from then on,
-//! and it begins at once ([`take_over`]).
+//! and it begins at once ([`take_over`]). Other threads that use a number meanwhile wait until that is done.
 //!
 //! It has a session and a parent of its own (it is forked twice), no descriptors but those it needs, and ends with the
 //! connection: the end of the stream goes each way by shutdown(2), and a reset by SO_LINGER.
@@ -71,16 +71,22 @@ impl Relay {
     /// As above, and `numbers`, which name the connection, name the program's end.
     pub fn in_place(e: &Ref, numbers: &[c_int]) -> Option<Relay> {
         let (mut r, end) = Relay::new(e, *numbers.first()?)?;
-        for n in numbers {
-            // SAFETY: no pointers.
-            let flags = unsafe { rawcall!(libc::SYS_fcntl, *n, libc::F_GETFD) }.unwrap_or(0) as c_int;
-            if !over(&end, *n, flags) {
-                r.undo();
-                return None;
-            }
-            r.numbers.push((*n, flags));
+        if numbers.iter().all(|n| r.replace(*n, &end)) {
+            return Some(r);
         }
-        Some(r)
+        r.undo();
+        None
+    }
+
+    /// The number `n` names the program's end.
+    fn replace(&mut self, n: c_int, end: &Fd) -> bool {
+        // SAFETY: no pointers.
+        let flags = unsafe { rawcall!(libc::SYS_fcntl, n, libc::F_GETFD) }.unwrap_or(0) as c_int;
+        let done = over(end, n, flags);
+        if done {
+            self.numbers.push((n, flags));
+        }
+        done
     }
 
     /// The numbers name the connection again, in this process.
@@ -117,20 +123,39 @@ impl Relay {
 
 /// Before somebody in this process reads the connection who does not see the ring: if bytes lie there that the peer
 /// moves into TCP at its next call only, whenever that is, a relay goes on with it, and the program with an end of the
-/// relay's under all numbers of the connection, `fd` among them, which are plain TCP from then on. False: there is no
-/// need, or it can't be had (another thread may use the numbers, an epoll set knows them); nothing has changed.
+/// relay's under all numbers of the connection, `fd` among them, which are plain TCP from then on, also in epoll sets.
+/// False: there is no need, or it can't be had (another thread waits in a call on it, a set can't be told); nothing has
+/// changed.
+///
+/// The caller has one reference to `e`.
 #[cold]
 pub fn take_over(e: &Ref, fd: c_int) -> bool {
-    if !e.sock.strands(true) || e.has_heir() || e.members.is_in_any() || sys::threads() != Some(1) {
+    if !e.sock.strands(true) || e.has_heir() {
         return false;
     }
-    let mut numbers: Vec<_> =
-        fd_table::numbers().into_iter().filter(|n| fd_table::names(*n, e.id())).collect();
+    let Some(moves) = fd_table::Moves::begin() else { return false };
+    let Some(taken) = moves.take(e) else { return false };
+    let mut numbers = taken.numbers().to_vec();
     if !numbers.contains(&fd) {
         numbers.push(fd);
     }
-    let Some(relay) = Relay::in_place(e, &numbers) else { return false };
-    fd_table::abandon(e);
+    // dup3(2) takes no number above the limit, which may have come down since.
+    if numbers.iter().any(|n| *n as u64 >= sys::fd_limit()) {
+        return false;
+    }
+    let Some((mut relay, end)) = Relay::new(e, fd) else { return false };
+    let Some(seats) = super::epoll::leave(e, &taken) else {
+        relay.undo();
+        return false;
+    };
+    // These are open numbers below the limit: the kernel has no reason to refuse one.
+    let done = numbers.iter().all(|n| relay.replace(*n, &end));
+    seats.iter().for_each(super::epoll::Seat::take);
+    if !done {
+        relay.undo();
+        return false;
+    }
+    taken.for_good();
     relay.for_good();
     true
 }

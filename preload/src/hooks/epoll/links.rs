@@ -14,7 +14,7 @@
 //! nothing has happened, so what it knows of such members changes as seldom as can be: TCP has no edges of its own
 //! while the ring is in use, and EPOLLOUT may stay.
 
-use super::set::{BELL, ET, EXCLUSIVE, Inner, Locked, Member, ONESHOT, OUT, Set, data_of, ours};
+use super::set::{BELL, ET, EXCLUSIVE, Inner, Locked, Member, ONESHOT, OUT, Set, data_of, nobody, ours};
 use crate::fd_table::{self, Entry, Kind, Ref};
 use engine::conn::Socket;
 use engine::lock;
@@ -670,6 +670,67 @@ pub fn let_go(r: &Ref) -> bool {
         }
     }
     true
+}
+
+/// A member of a set as the program has it, for another socket under the same number.
+#[derive(Debug)]
+pub struct Seat {
+    epfd: i32,
+    fd: i32,
+    events: u32,
+    data: u64,
+}
+
+impl Seat {
+    /// What `fd` names now is put into the set.
+    pub fn take(&self) {
+        // There is room: the kernel has given up as much in `leave`.
+        let _ = sys::epoll_ctl(self.epfd, EPOLL_CTL_ADD, self.fd, self.events, self.data);
+    }
+}
+
+/// The connection leaves all its sets, also in the kernel, before its numbers name another socket: the seats that it
+/// had. `None`: a set is another process's as well; nothing has changed.
+///
+/// The caller has [taken](fd_table::Moves) its numbers. So he is the only one to lock several sets at a time.
+pub fn leave(r: &Ref, _: &fd_table::Taken) -> Option<Vec<Seat>> {
+    if !r.members.is_in_any() {
+        return Some(Vec::new());
+    }
+    let mut links = r.members.locked()?;
+    let mut sets: Vec<(&'static Entry, i32, Locked<'_>)> = Vec::new();
+    for l in links.iter() {
+        if !sets.iter().any(|s| s.0.id() == l.set.id()) {
+            let epfd = l.set.set.fd(l.set).filter(|_| !l.set.set.is_foreign())?;
+            sets.push((l.set, epfd, l.set.set.locked()?));
+        }
+    }
+    let mut seats = Vec::new();
+    for l in links.iter() {
+        let (_, epfd, set) = sets.iter_mut().find(|s| s.0.id() == l.set.id())?;
+        let m = set.get(l.id)?;
+        if m.ghost || m.inherited || m.events & EXCLUSIVE != 0 || ours(m.data) {
+            return None;
+        }
+        let (events, data) = match m.disabled {
+            false => (m.events, m.data),
+            // EPOLLONESHOT has fired. Of another socket the kernel can't be told that: it would tell of its errors.
+            true => (m.events & (ET | ONESHOT), nobody()),
+        };
+        if !m.parked {
+            seats.push(Seat { epfd: *epfd, fd: m.fd, events, data });
+        }
+    }
+    while let Some(l) = links.pop() {
+        let Some((_, epfd, set)) = sets.iter_mut().find(|s| s.0.id() == l.set.id()) else { continue };
+        if let Some(m) = set.get(l.id)
+            && !m.unregistered
+        {
+            let _ = sys::epoll_ctl(*epfd, EPOLL_CTL_DEL, m.fd, 0, 0);
+        }
+        forget(set, l, &links);
+    }
+    Some(seats)
 }
 
 /// One of several fds of the description is closed: the kernel keeps what is registered under it.

@@ -68,6 +68,11 @@ pub(super) fn data_of(id: u32, bell: bool) -> u64 {
     u64::from(magic()) << 32 | u64::from(id | if bell { BELL_BIT } else { 0 })
 }
 
+/// The data of a registration of which nobody is told: no member has this index.
+pub(super) fn nobody() -> u64 {
+    data_of(INDEX, false)
+}
+
 /// epoll's bits for poll's `POLLIN` and `POLLOUT`, as TCP has them.
 #[inline]
 pub(super) fn widen(ready: u32) -> u32 {
@@ -561,7 +566,7 @@ impl Inner {
     pub(super) fn add(&mut self) -> Option<u32> {
         let i = match self.free.pop() {
             Some(i) => i,
-            None if self.members.len() > INDEX as usize => return None,
+            None if self.members.len() >= INDEX as usize => return None,
             None => {
                 let mut m = Member::new(0);
                 m.live = false;
