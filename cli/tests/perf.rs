@@ -527,7 +527,8 @@ fn a_plain_iperf3_is_understood_at_either_end() {
     for more in [
         &["-t", "0.3"][..],
         &["-R", "-t", "0.3"],
-        &["-P", "3", "-n", "2m"],
+        // More than the sockets hold: iperf3's server does not count what it has not read when the test ends.
+        &["-P", "3", "-n", "96m"],
         &["--bidir", "-t", "0.3"],
         &["-R", "-n", "1m"],
     ] {
