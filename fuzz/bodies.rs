@@ -235,6 +235,7 @@ pub fn rendezvous(data: &[u8]) {
             cookie: if i.byte() < 240 { unix::cookie(theirs.as_raw_fd()).unwrap_or(0) } else { i.number() },
         };
         let kind = i.byte();
+        let right = Extent::at(1 << 16, 1 << 16);
         let message = match kind % 5 {
             0 => Message::Proposal(Proposal {
                 sender,
@@ -249,8 +250,8 @@ pub fn rendezvous(data: &[u8]) {
                 segment: u32::from(i.byte() & 63),
                 first_contact: i.byte() < 200,
                 segment_size: if i.byte() < 200 { 4 << 20 } else { i.number() },
-                page: if i.byte() < 100 { 0 } else { i.number() },
-                rings: if i.byte() < 100 { [1 << 16, 2 << 16] } else { [i.number(), i.number()] },
+                page: if i.byte() < 200 { right.page as u64 } else { i.number() },
+                rings: if i.byte() < 200 { right.rings.map(|r| r as u64) } else { [i.number(), i.number()] },
                 ring_size: if i.byte() < 100 { 1 << 16 } else { i.number() as u32 },
             }),
             2 => Message::Confirm(Confirm { sender, lgr: i.number(), segment: i.number() as u32 }),

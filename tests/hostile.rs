@@ -16,6 +16,7 @@ use smc::{
     mem::{
         layout::{ConnPage, LAYOUT_VERSION, LEFT, SidePage, ctl},
         region::Region,
+        rmb::Extent,
     },
     ring::{self, Buffer},
     wait::doorbell,
@@ -933,6 +934,7 @@ fn handshake_to_a_client() -> Result<(), Failed> {
     let mut v = start(&run, "--ask")?;
     tell(&mut v, &LIES[0])?;
     let before = settled(&mut v)?;
+    let extent = Extent::at(1 << 16, 1 << 16);
     let accept = |p: &Peer| {
         clc::encode(&Message::Accept(Accept {
             sender: sender(Side::Accept, &p.tcp),
@@ -940,8 +942,8 @@ fn handshake_to_a_client() -> Result<(), Failed> {
             segment: 0,
             first_contact: true,
             segment_size: 4 << 20,
-            page: 0,
-            rings: [1 << 16, 2 << 16],
+            page: extent.page as u64,
+            rings: extent.rings.map(|r| r as u64),
             ring_size: 1 << 16,
         }))
     };
@@ -996,6 +998,11 @@ fn handshake_to_a_client() -> Result<(), Failed> {
     v.end()
 }
 
+fn lies_at(a: &mut Accept, block: usize, ring: usize) {
+    let extent = Extent::at(block, ring);
+    (a.page, a.rings, a.ring_size) = (extent.page as u64, extent.rings.map(|r| r as u64), ring as u32);
+}
+
 type WrongAccept = (&'static str, fn(&mut Accept));
 
 /// Accepts that must be declined.
@@ -1009,10 +1016,10 @@ const ACCEPTS: &[WrongAccept] = &[
     ("rings on each other", |a| a.rings[1] = a.rings[0]),
     ("a ring of no power of two", |a| a.ring_size = 3 << 14),
     ("a ring of nothing", |a| a.ring_size = 0),
-    ("a ring larger than was asked for", |a| {
-        a.rings = [1 << 20, 2 << 20];
-        a.ring_size = 1 << 20;
-    }),
+    ("rings that have changed places", |a| a.rings.reverse()),
+    ("all of it half beyond the segment", |a| lies_at(a, (4 << 20) - (1 << 16), 1 << 16)),
+    ("all of it at an odd place", |a| lies_at(a, (1 << 16) + 64, 1 << 16)),
+    ("a ring larger than was asked for", |a| lies_at(a, 0, 1 << 20)),
     ("a segment of another size", |a| a.segment_size = 8 << 20),
     ("a segment of 2^63 bytes", |a| a.segment_size = 1 << 63),
     ("no instance", |a| a.sender.instance = 0),

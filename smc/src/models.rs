@@ -53,10 +53,12 @@ impl Shared {
 
 /// Edges: ring.publish, ring.free, bell.recheck. A producer fills a ring smaller than its stream, sleeping
 /// for space; a consumer empties it, sleeping for bytes. Nobody sleeps for ever, no byte is read early. With `rewind` the
-/// producer begins the buffer anew when that is empty.
-fn stream_through_the_ring(n_all: u64, rewind: bool) {
+/// producer begins the buffer anew at that place when it is empty.
+fn stream_through_the_ring(n_all: u64, rewind: Option<u64>) {
     model(move || {
         let sh = Shared::new();
+        // SAFETY: nothing is copied by it.
+        let buffer = unsafe { ring::Buffer::new(std::ptr::dangling_mut(), SIZE as usize) };
         let other = sh.clone();
         let producer = thread::spawn(move || {
             let (me, peer) = (&other.page.side[0], &other.page.side[1]);
@@ -70,8 +72,13 @@ fn stream_through_the_ring(n_all: u64, rewind: bool) {
                     }
                     continue;
                 }
-                let n = free(prod).min(if rewind { 1 } else { n_all - prod });
-                let at = if rewind { ring::place(&me.tx, &peer.rx, prod, n, SIZE, || true) } else { prod };
+                let n = free(prod).min(if rewind.is_some() { 1 } else { n_all - prod });
+                let at = match rewind {
+                    Some(start) => {
+                        ring::place(&me.tx, &peer.rx, prod, n, &buffer.starting_at(start), || true)
+                    }
+                    None => prod,
+                };
                 for i in 0..n {
                     other.put(at + i, (prod + i) as u8);
                 }
@@ -330,18 +337,19 @@ fn switch_model(n: u8, leave_after: Option<u8>, stop_after: Option<(usize, bool)
 
 #[test]
 fn loom_ring_and_doorbell() {
-    stream_through_the_ring(SIZE + 2, false);
+    stream_through_the_ring(SIZE + 2, None);
 }
 
 /// Models that hold without the fence as well: the switch is found out later then, by the stop's own
 /// doorbell.
 #[cfg(not(smc_weak))]
 mod more {
-    use super::{stream_through_the_ring, switch_model};
+    use super::{SIZE, stream_through_the_ring, switch_model};
 
     #[test]
     fn loom_rewind() {
-        stream_through_the_ring(4, true);
+        stream_through_the_ring(4, Some(0));
+        stream_through_the_ring(4, Some(SIZE - 1));
     }
 
     #[test]

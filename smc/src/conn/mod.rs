@@ -369,7 +369,7 @@ impl Socket {
             me: &page.side[side as usize],
             peer: &page.side[1 - side as usize],
             // SAFETY: ConnBuffers vouches for the ranges while it lives; powers of two by its check.
-            txbuf: unsafe { Buffer::new(tp, tn) },
+            txbuf: unsafe { Buffer::new(tp, tn) }.starting_at(est.buffers.start()),
             // SAFETY: as above.
             rxbuf: unsafe { Buffer::new(rp, rn) },
             bell: est.bell.raw(),

@@ -132,7 +132,7 @@ impl Mapped<'_> {
     pub(super) fn place(&self, s: &Slot, prod: u64, n: u64) -> u64 {
         // The ring of an end on another host is laid out as this one, by a device that knows of no origin.
         let may = || !s.is_remote();
-        ring::place(&self.me.tx, &self.peer.rx, prod, n, self.txbuf.size(), may)
+        ring::place(&self.me.tx, &self.peer.rx, prod, n, &self.txbuf, may)
     }
 
     /// The bytes before `prod` are the peer's to read; with them it learns what was rung before.

@@ -74,14 +74,15 @@ impl Puppet {
     }
 
     fn accept(&self, len: u64) -> Accept {
+        let extent = Extent::at(1 << 16, MIN_RING);
         Accept {
             sender: self.sender(),
             lgr: 1,
             segment: 0,
             first_contact: true,
             segment_size: len,
-            page: 512,
-            rings: [1 << 16, (1 << 16) + MIN_RING as u64],
+            page: extent.page as u64,
+            rings: extent.rings.map(|r| r as u64),
             ring_size: MIN_RING as u32,
         }
     }

@@ -7,6 +7,7 @@ use crate::{
         layout::ConnPage,
         rmb::{Buffers, Ticket},
     },
+    ring,
 };
 use std::sync::Arc;
 
@@ -41,6 +42,16 @@ impl ConnBuffers {
     #[must_use]
     pub fn tx(&self) -> (*mut u8, usize) {
         self.buffers.ring(self.side as usize)
+    }
+
+    /// The place in the ring of [`ConnBuffers::tx`] that lies next to the page, and from which the ring's bytes have a
+    /// memory page with it in common.
+    #[must_use]
+    pub fn start(&self) -> u64 {
+        match self.side {
+            Side::Connect => 0,
+            Side::Accept => self.buffers.extent().ring_size as u64 - ring::WINDOW,
+        }
     }
 
     /// The ring we consume from: start and size, as for [`ConnBuffers::tx`].

@@ -13,7 +13,7 @@ use crate::sync::AtomicU32 as Plain;
 use crate::sync::page::{AtomicU32, AtomicU64};
 
 /// Version of this layout; the CLC messages carry it and a mismatch is declined.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// Bit of [`TxLine::prod`]: the stream leaves the ring at this cursor and goes on in TCP.
 pub const LEFT: u64 = 1 << 63;

@@ -1,18 +1,23 @@
 //! RMBs: segments cut into the buffers of connections.
 //!
-//! The accepting end owns the memory of a link group. A segment has a control area at its start, packed with
-//! [`ConnPage`]s, and behind it the rings, two of equal size for each connection, side by side:
+//! The accepting end owns the memory of a link group. A segment is cut into blocks, one for each connection:
 //!
 //! ```text
-//!  0                 len/64                                                   len
-//!  | page | page | … | ring 0→1 | ring 1→0 | ring 0→1 | ring 1→0 | …           |
+//!  0     1792                                                 whole pages of 4 KiB
+//!  |      | ring 1→0 ………………… | page | ring 0→1 ………………… |      |
+//!                       ^ of 4096 bytes: 1792 | 512 | 1792
 //! ```
+//!
+//! The page of the connection has a memory page in common with the end of one ring and the start of the other. There
+//! is where each producer begins its ring as long as messages are small (`crate::ring::place`): a connection that has
+//! little to say at a time keeps one memory page, and a thousand of them as many entries of a TLB.
 //!
 //! The hard idea is reuse. A buffer may serve a new connection only when *both* ends have let go of it, and
 //! it must be zero by then, with no late zeroing that could wipe the new user's bytes:
 //!
 //! 1. An end that lets go sets its `detached` mark in the page. If it finds the other's mark set already, it
-//!    is the last user and gives the ring memory back to the kernel *before* it sets its own.
+//!    is the last user and gives the ring memory back to the kernel *before* it sets its own, but for the page that
+//!    has the marks: what the rings have of that it zeroes.
 //! 2. The owner's buffers come back to it over [`Rmb::give`], a list without a lock, since a drop may happen
 //!    anywhere. They are reused only once both marks are seen, and zeroed once more under the allocator's
 //!    lock, before anybody hears of them: both ends may have let go at the same moment, each believing that
@@ -51,9 +56,12 @@ pub const MAX_SEGMENTS: u32 = u64::BITS;
 
 const CLASSES: usize = (MAX_RING / MIN_RING).ilog2() as usize + 1;
 const FIRST_SEGMENT: usize = 4 << 20;
-/// One 64th for pages: a pair of the smallest rings is 64 pages' worth.
-const CONTROL_PART: usize = 2 * MIN_RING / CONN_PAGE_SIZE;
-const RING_ALIGN: usize = 4096;
+/// What blocks are multiples of.
+const UNIT: usize = 4096;
+/// Bytes that each ring has in the unit in which the page lies, see the file's head.
+pub const WINDOW: usize = (UNIT - CONN_PAGE_SIZE) / 2;
+/// Free blocks of a size whose last memory page is not given back: they are likely to be wanted again soon.
+const KEPT: usize = 64;
 
 /// The ring size that serves a wish: a power of two between [`MIN_RING`] and [`MAX_RING`].
 #[must_use]
@@ -77,22 +85,33 @@ pub struct Extent {
 }
 
 impl Extent {
-    /// Whether all of it lies inside a segment of `len` bytes, aligned, in order of size, nothing on top of
-    /// anything else. A peer's numbers pass through here before they become pointers.
+    /// Of the block at `block`, a multiple of 4096.
+    #[must_use]
+    pub const fn at(block: usize, ring_size: usize) -> Extent {
+        let page = block + WINDOW + ring_size;
+        Extent { page, rings: [page + CONN_PAGE_SIZE, block + WINDOW], ring_size }
+    }
+
+    /// Bytes of a block with rings of that size.
+    const fn block_size(ring: usize) -> usize {
+        2 * ring + UNIT
+    }
+
+    /// Where the block begins.
+    const fn block(&self) -> usize {
+        self.rings[1] - WINDOW
+    }
+
+    /// Whether it is a block inside a segment of `len` bytes. A peer's numbers pass through here before they become
+    /// pointers.
     #[must_use]
     pub fn fits(&self, len: usize) -> bool {
         let size = self.ring_size;
-        let parts = [(self.page, CONN_PAGE_SIZE), (self.rings[0], size), (self.rings[1], size)];
-        let inside = |&(at, n): &(usize, usize)| at.checked_add(n).is_some_and(|end| end <= len);
-        let apart = |(a, n): (usize, usize), (b, m): (usize, usize)| a + n <= b || b + m <= a;
         size.is_power_of_two()
             && (MIN_RING..=MAX_RING).contains(&size)
-            && self.page.is_multiple_of(CONN_PAGE_SIZE)
-            && self.rings.iter().all(|r| r.is_multiple_of(RING_ALIGN))
-            && parts.iter().all(inside)
-            && apart(parts[0], parts[1])
-            && apart(parts[0], parts[2])
-            && apart(parts[1], parts[2])
+            && self.rings[1] % UNIT == WINDOW
+            && self.block().checked_add(Self::block_size(size)).is_some_and(|end| end <= len)
+            && *self == Self::at(self.block(), size)
     }
 }
 
@@ -162,19 +181,38 @@ impl Buffers {
         (self.rings[i & 1].as_ptr(), self.extent.ring_size)
     }
 
+    /// Bytes of the rings that do not lie in the page's unit: two parts of whole units.
+    const fn outside(&self) -> [(usize, usize); 2] {
+        let (block, n) = (self.extent.block(), self.extent.ring_size);
+        [(block, n), (block + n + UNIT, n)]
+    }
+
     /// Gives the rings' memory back to the kernel. For the last user only.
     fn give_back(&self) {
-        for at in self.extent.rings {
-            self.segment.region.give_back(at, self.extent.ring_size);
+        for (at, n) in self.outside() {
+            self.segment.region.give_back(at, n);
         }
+        self.zero_windows();
     }
 
     /// Zeroes the rings and the page. For the allocator only, while nobody else uses them.
     fn zero(&self) {
-        for at in self.extent.rings {
-            self.segment.region.zero(at, self.extent.ring_size);
+        for (at, n) in self.outside() {
+            self.segment.region.zero(at, n);
         }
+        self.zero_windows();
         self.zero_page();
+    }
+
+    /// What the rings have of the page's unit.
+    fn zero_windows(&self) {
+        let [a, b] = self.rings.map(NonNull::as_ptr);
+        let low = b.wrapping_add(self.extent.ring_size - WINDOW);
+        // SAFETY: the first bytes of the one ring and the last of the other, inside the mapping; no reference to them
+        // exists.
+        unsafe { a.write_bytes(0, WINDOW) };
+        // SAFETY: as above.
+        unsafe { low.write_bytes(0, WINDOW) };
     }
 
     #[cfg(not(smc_loom))]
@@ -284,8 +322,8 @@ struct Cut {
     /// For peers that do not have the segment. Kept for the newest segment only, so that a link group costs
     /// one descriptor: a peer that opens several connections at once asks for it several times.
     memfd: Option<Arc<Fd>>,
-    next_page: usize,
-    next_ring: usize,
+    /// Where the next block begins.
+    next: usize,
     /// Buffers that have served and are free, by size class.
     free: [Vec<Extent>; CLASSES],
     /// Buffers given out.
@@ -354,7 +392,12 @@ impl Synced {
             }
             if let Some(cut) = cuts.iter_mut().find(|c| c.segment.number == b.segment.number) {
                 cut.live -= 1;
-                cut.free[class(b.extent.ring_size)].push(b.extent);
+                let free = &mut cut.free[class(b.extent.ring_size)];
+                if free.len() >= KEPT {
+                    // Nobody looks at its marks any more.
+                    cut.segment.region.give_back(b.extent.block() + b.extent.ring_size, UNIT);
+                }
+                free.push(b.extent);
             }
             false
         });
@@ -393,8 +436,7 @@ impl Synced {
             older.memfd = None;
         }
         self.cuts.push(Cut {
-            next_page: 0,
-            next_ring: region.len() / CONTROL_PART,
+            next: 0,
             segment: Arc::new(Segment { number: self.made, region }),
             memfd: Some(Arc::new(memfd)),
             free: Default::default(),
@@ -408,7 +450,7 @@ impl Synced {
 /// The smallest segment that holds one pair of rings of `ring` bytes.
 fn segment_for(ring: usize) -> usize {
     let mut size = SEGMENT_GRAIN;
-    while size - size / CONTROL_PART < 2 * ring {
+    while size < Extent::block_size(ring) {
         size *= 2;
     }
     size
@@ -430,8 +472,8 @@ impl Cut {
             None => (self.fresh(ring)?, false),
         };
         let buffers = Buffers::new(self.segment.clone(), extent)?;
-        // Still under the allocator's lock and before anybody knows of these buffers. Memory that was never
-        // cut is zero already; only the page, which shares a memory page with others, is made sure of.
+        // Still under the allocator's lock and before anybody knows of these buffers. What a peer that lies has written
+        // where nothing was cut yet is its own secret; only of the page it is made sure.
         if used {
             buffers.zero()
         } else {
@@ -442,14 +484,11 @@ impl Cut {
     }
 
     fn fresh(&mut self, ring: usize) -> Option<Extent> {
-        let extent =
-            Extent { page: self.next_page, rings: [self.next_ring, self.next_ring + ring], ring_size: ring };
-        let control = self.segment.region.len() / CONTROL_PART;
-        if extent.page + CONN_PAGE_SIZE > control || !extent.fits(self.segment.region.len()) {
+        let extent = Extent::at(self.next, ring);
+        if !extent.fits(self.segment.region.len()) {
             return None;
         }
-        self.next_page += CONN_PAGE_SIZE;
-        self.next_ring += 2 * ring;
+        self.next += Extent::block_size(ring);
         Some(extent)
     }
 }
@@ -535,7 +574,7 @@ mod tests {
         assert!(b.memfd.is_none());
         assert!(Arc::ptr_eq(a.buffers.segment(), b.buffers.segment()));
         assert_ne!(a.buffers.extent().page, b.buffers.extent().page);
-        assert!(a.buffers.extent().rings[1] + MIN_RING <= b.buffers.extent().rings[0]);
+        assert!(a.buffers.extent().rings[0] + MIN_RING <= b.buffers.extent().rings[1]);
         let c = take(&rmb, MIN_RING, 0);
         assert!(c.memfd.is_some(), "asked for by a peer that has it not yet");
     }
@@ -650,20 +689,28 @@ mod tests {
 
     #[test]
     fn unfit_extents() {
-        let good = Extent { page: 512, rings: [65536, 65536 + MIN_RING], ring_size: MIN_RING };
+        let good = Extent::at(65536, MIN_RING);
         let len = 1 << 20;
         assert!(good.fits(len));
+        assert_eq!((good.rings[1], good.page), (65536 + 1792, 65536 + 1792 + MIN_RING));
+        let end = len - Extent::block_size(MIN_RING);
+        assert!(Extent::at(end, MIN_RING).fits(len) && !Extent::at(end + 4096, MIN_RING).fits(len));
+        let [a, b] = good.rings;
         let bad = [
-            Extent { page: 511, ..good },
+            Extent { page: good.page + 64, ..good },
             Extent { page: len, ..good },
             Extent { page: usize::MAX & !511, ..good },
-            Extent { page: 65536, ..good },
-            Extent { rings: [65536, 65536], ..good },
-            Extent { rings: [65536, 65537 + MIN_RING], ..good },
-            Extent { rings: [65536, usize::MAX & !4095], ..good },
-            Extent { rings: [65536, len - 4096], ..good },
+            Extent { rings: [a, a], ..good },
+            Extent { rings: [a, b + 4096], ..good },
+            Extent { rings: [a + 4096, b], ..good },
+            Extent { rings: [a, usize::MAX & !4095], ..good },
+            Extent { rings: [a, (usize::MAX & !4095) + 1792], ..good },
+            Extent { rings: [a, 0], ..good },
+            Extent { rings: [b, a], ..good },
+            Extent::at(65536 + 64, MIN_RING),
             Extent { ring_size: MIN_RING + 1, ..good },
             Extent { ring_size: MIN_RING / 2, ..good },
+            Extent { ring_size: 2 * MIN_RING, ..good },
             Extent { ring_size: usize::MAX, ..good },
             Extent { ring_size: 0, ..good },
         ];
@@ -672,10 +719,28 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_block_that_is_not_wanted_soon_keeps_no_memory() {
+        let rmb = Rmb::default();
+        let grants: Vec<_> = (0..KEPT + 10).map(|_| take(&rmb, MIN_RING, u64::MAX)).collect();
+        for g in &grants {
+            g.buffers.page().side[0].tx.prod.store(9, Relaxed);
+        }
+        let pages: Vec<Buffers> = grants.iter().map(|g| g.buffers.clone()).collect();
+        for g in grants {
+            g.buffers.abandon();
+            rmb.give(g.ticket);
+        }
+        take(&rmb, MAX_RING, u64::MAX);
+        let gone = pages.iter().filter(|b| b.page().side[0].tx.prod.load(Relaxed) == 0).count();
+        assert_eq!(gone, 10);
+    }
+
     proptest! {
         #[test]
         fn any_numbers_fit_or_not_but_never_overflow(page: usize, a: usize, b: usize, n: usize, len: usize) {
             let _ = Extent { page, rings: [a, b], ring_size: n }.fits(len);
+            let _ = Extent { page, rings: [a, b & !4095 | WINDOW], ring_size: n }.fits(len);
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Cursors are 64-bit counts of bytes that never wrap; `(cursor - origin) & (size - 1)` is the place in the buffer.
 //! The origin is the producer's to choose while the ring is empty ([`place`]): so messages that are read as they come
-//! stay in the buffer's first page, and a connection keeps as much memory as it needs at once, not all of its ring.
+//! stay in one [`WINDOW`] of the buffer, and a connection keeps as much memory as it needs at once, not all of its ring.
 //! `prod - cons` bytes are readable, the rest is free. The bytes are copied first and the cursor is
 //! published after, with Release; the other side loads it with Acquire before it touches the bytes.
 //!
@@ -63,32 +63,45 @@ pub fn release(me: &RxLine, cons: u64) {
 
 /// Bytes of the buffer that are used again and again as long as the consumer keeps up. The producer looks for that once in
 /// as many, since the consumer's cursor is in another CPU's cache.
-pub const REWIND: u64 = if cfg!(smc_loom) { 1 } else { 4096 };
+pub const WINDOW: u64 = if cfg!(smc_loom) { 1 } else { crate::mem::rmb::WINDOW as u64 };
 /// How often it looks beyond them.
-const REWIND_LATE: u64 = if cfg!(smc_loom) { 1 } else { 512 };
+const OFTEN: u64 = if cfg!(smc_loom) { 1 } else { 512 };
 
-/// Where the producer of a buffer of `size` bytes puts the `n` ≥ 1 bytes from `prod` on, which are free: where it is, or at
-/// the start if the consumer has taken all and `may` says so.
+/// Where the producer of `buffer` puts the `n` ≥ 1 bytes from `prod` on, which are free: where it is, or, if the consumer
+/// has taken all and `may` says so, where the buffer [starts](Buffer::starting_at) or is in one piece.
 #[inline]
-pub fn place(me: &TxLine, peer: &RxLine, prod: u64, n: u64, size: u64, may: impl FnOnce() -> bool) -> u64 {
+pub fn place(
+    me: &TxLine,
+    peer: &RxLine,
+    prod: u64,
+    n: u64,
+    buffer: &Buffer,
+    may: impl FnOnce() -> bool,
+) -> u64 {
     let at = at(me, prod);
-    let often = if at < REWIND { REWIND } else { REWIND_LATE };
-    // Powers of two: the byte before and the last one lie in the same piece.
-    let inside = at.wrapping_sub(1) ^ at.wrapping_add(n - 1) < often;
-    if inside || !may() { at } else { rewind(me, peer, prod, at, size) }
+    let from = at.wrapping_sub(buffer.start);
+    let inside = if from < WINDOW {
+        from + n <= WINDOW
+    } else {
+        // Powers of two: the byte before and the last one lie in the same piece, of which one begins behind the window.
+        let beyond = from - WINDOW;
+        beyond.wrapping_sub(1) ^ beyond.wrapping_add(n - 1) < OFTEN
+    };
+    if inside || !may() { at } else { rewind(me, peer, prod, at, n, buffer) }
 }
 
 #[cold]
 #[inline(never)]
-fn rewind(me: &TxLine, peer: &RxLine, prod: u64, at: u64, size: u64) -> u64 {
+fn rewind(me: &TxLine, peer: &RxLine, prod: u64, at: u64, n: u64, buffer: &Buffer) -> u64 {
+    let to = if n <= WINDOW { buffer.start } else { 0 };
     // ORDERING [ring.free] Acquire, as in `writable`.
-    if at & (size - 1) == 0 || peer.cons.load(Acquire) != prod {
+    if at & (buffer.size() - 1) == to || peer.cons.load(Acquire) != prod {
         return at;
     }
     // ORDERING [ring.publish] Relaxed: `publish` of what is put there comes after it, and carries it. A consumer that reads
     // bytes before `prod` is not given another origin meanwhile: it has not released them. Model: loom_rewind.
-    me.origin.store(prod, Relaxed);
-    0
+    me.origin.store(prod.wrapping_sub(to), Relaxed);
+    to
 }
 
 /// The place of `cursor` in the buffer of the producer of `tx`; for a consumer, of bytes that [`readable`] has shown. (Any
@@ -106,6 +119,7 @@ pub fn at(tx: &TxLine, cursor: u64) -> u64 {
 pub struct Buffer {
     base: *mut u8,
     size: usize,
+    start: u64,
 }
 
 impl Buffer {
@@ -115,7 +129,13 @@ impl Buffer {
     /// The invariant of the type must hold while the value is used.
     pub unsafe fn new(base: *mut u8, size: usize) -> Self {
         debug_assert!(size.is_power_of_two());
-        Buffer { base, size }
+        Buffer { base, size, start: 0 }
+    }
+
+    /// The same for a producer, who begins it at that place, from which [`WINDOW`] bytes are in one piece.
+    #[must_use]
+    pub fn starting_at(self, start: u64) -> Self {
+        Buffer { start, ..self }
     }
 
     /// Bytes.
@@ -170,10 +190,22 @@ impl Buffer {
 mod tests {
     use super::*;
 
-    const SIZE: u64 = 4 * REWIND;
+    const SIZE: u64 = 16 << 10;
+    /// Where the two rings of a connection begin.
+    const STARTS: [u64; 2] = [0, SIZE - WINDOW];
 
-    /// Sends messages of `n` bytes, which are taken when `behind` of them are in the ring; the places.
+    fn buffer(start: u64) -> Buffer {
+        // SAFETY: nothing is copied by it.
+        unsafe { Buffer::new(std::ptr::dangling_mut(), SIZE as usize) }.starting_at(start)
+    }
+
+    /// Sends messages of `n` bytes, which are taken when `behind` of them are in the ring; the places, counted from the
+    /// start if they belong there.
     fn places(n: u64, behind: u64, may: bool) -> Vec<u64> {
+        STARTS.iter().flat_map(|start| places_from(*start, n, behind, may)).collect()
+    }
+
+    fn places_from(start: u64, n: u64, behind: u64, may: bool) -> Vec<u64> {
         let (tx, rx) = (TxLine::default(), RxLine::default());
         (0..200)
             .map(|i| {
@@ -182,29 +214,52 @@ mod tests {
                     release(&rx, prod);
                 }
                 assert!(writable(&rx, prod, SIZE).is_ok_and(|(free, _)| free >= n));
-                let to = place(&tx, &rx, prod, n, SIZE, || may);
+                let to = place(&tx, &rx, prod, n, &buffer(start), || may);
                 publish(&tx, prod + n, false);
                 assert_eq!(at(&tx, prod), to, "the consumer looks there");
-                to % SIZE
+                if may && n <= WINDOW { to.wrapping_sub(start) % SIZE } else { to % SIZE }
             })
             .collect()
     }
 
     #[test]
-    fn messages_that_are_taken_as_they_come_stay_in_a_page() {
+    fn messages_that_are_taken_as_they_come_stay_in_a_window() {
         let all = places(100, 1, true);
-        assert!(all.iter().all(|at| at + 100 <= REWIND), "{all:?}");
-        // One at the end of the page is followed by one at the start, not by a byte beyond.
-        assert!(places(REWIND / 4, 1, true).iter().all(|at| at + REWIND / 4 <= REWIND));
-        // Larger ones are each at the start.
-        assert!(places(REWIND + 1, 1, true).iter().all(|at| *at == 0));
-        // With three in the ring it takes the pages that those are in.
-        assert!(places(1000, 3, true).iter().all(|at| at + 1000 <= 2 * REWIND));
+        assert!(all.iter().all(|at| at + 100 <= WINDOW), "{all:?}");
+        // One at the end of the window is followed by one at the start, not by a byte beyond.
+        for n in [1, 64, WINDOW / 4, WINDOW] {
+            assert!(places(n, 1, true).iter().all(|at| at + n <= WINDOW), "{n}");
+        }
+        // Larger ones are each at the buffer's own start, in one piece.
+        assert!(places(WINDOW + 1, 1, true).iter().all(|at| *at == 0));
+        // With three in the ring it takes what those are in.
+        assert!(places(1000, 3, true).iter().all(|at| at + 1000 <= 4 * WINDOW));
+    }
+
+    #[test]
+    fn large_and_small_ones_find_their_way_back() {
+        for start in STARTS {
+            let (tx, rx) = (TxLine::default(), RxLine::default());
+            let mut prod = 0;
+            let mut send = |n| {
+                let to = place(&tx, &rx, prod, n, &buffer(start), || true);
+                prod += n;
+                publish(&tx, prod, false);
+                release(&rx, prod);
+                to % SIZE
+            };
+            assert_eq!(send(10), start);
+            assert_eq!(send(3 * WINDOW), 0);
+            assert_eq!(send(SIZE), 0);
+            let back: Vec<_> = (0..2 * OFTEN).map(|_| send(1)).collect();
+            assert!(back.contains(&start), "{back:?}");
+        }
     }
 
     #[test]
     fn bytes_that_are_in_the_ring_stay_where_they_are() {
-        for (n, behind) in [(100, 7), (1000, 3), (REWIND, 3), (1, 200)] {
+        let kinds = [(100, 7), (1000, 3), (WINDOW, 3), (2 * WINDOW, 2), (1, 200)];
+        for ((n, behind), start) in kinds.iter().flat_map(|k| STARTS.map(|s| (*k, s))) {
             let (tx, rx) = (TxLine::default(), RxLine::default());
             let mut model = vec![0u8; SIZE as usize];
             let mut cons = 0;
@@ -214,7 +269,7 @@ mod tests {
                     release(&rx, prod);
                     cons = prod;
                 }
-                let to = place(&tx, &rx, prod, n, SIZE, || true);
+                let to = place(&tx, &rx, prod, n, &buffer(start), || true);
                 (0..n).for_each(|k| model[((to + k) % SIZE) as usize] = (prod + k) as u8);
                 publish(&tx, prod + n, false);
                 for c in cons..prod + n {
@@ -227,6 +282,7 @@ mod tests {
     #[test]
     fn a_ring_that_may_not_be_rewound_is_walked_through() {
         let all = places(1000, 1, false);
-        assert_eq!(all, (0..200).map(|i| i * 1000 % SIZE).collect::<Vec<_>>());
+        let walked: Vec<_> = (0..200).map(|i| i * 1000 % SIZE).collect();
+        assert_eq!(all, [&walked[..], &walked].concat());
     }
 }
