@@ -58,6 +58,7 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(peer_killed_after_our_shutdown_wr).procs(),
     s!(half_closed_peer_lives_with_unread_data),
     s!(half_closed_peer_closes_with_unread_data),
+    s!(both_shut_with_unread_data),
     s!(peer_dies_while_we_write).procs(),
     s!(many_open_and_close).slow(),
     s!(connection_after_connection).slow(),
@@ -752,6 +753,23 @@ fn half_closed_peer_lives_with_unread_data(w: &World) {
     log!("far {}", w.far(&c, "get 100"));
     log!("{}", c.put(5000));
     log!("far {}", w.far(&c, "get 5000"));
+    log!("far {}", w.far(&c, "close"));
+}
+
+/// When both ends have sent FIN the kernel has done with the sockets; what is unread is there to be read all the same.
+fn both_shut_with_unread_data(w: &World) {
+    let mut c = w.pair();
+    log!("{} far {}", c.put(100), w.far(&c, "put 100"));
+    c.arrived(100);
+    w.far(&c, "arrived 100");
+    log!("{}", show(sys::shutdown(c.fd, libc::SHUT_WR)));
+    w.far(&c, "shutdown 1");
+    c.settle(POLLHUP);
+    log!("{} {}", c.get(100), state(&c));
+    for _ in 0..2 {
+        log!("{} {} {}", state(&c), sys::so_error(c.fd), read1(&c));
+    }
+    log!("far {}", w.far(&c, "get 100"));
     log!("far {}", w.far(&c, "close"));
 }
 

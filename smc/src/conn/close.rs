@@ -51,9 +51,17 @@ impl Socket {
         if how == libc::SHUT_WR || how == libc::SHUT_RDWR {
             self.end_tx(fd);
             self.shut();
+            self.tell_shut();
         }
         if matches!(how, libc::SHUT_RD | libc::SHUT_RDWR) && self.phase.load(Relaxed) == phase::MAPPED {
             self.stop_rx(Reason::PeerGone, true);
+        }
+    }
+
+    /// The peer is to know a FIN that is sent by shutdown(2) from one that is sent by this end's death.
+    pub(super) fn tell_shut(&self) {
+        if let Some(m) = self.mapped() {
+            doorbell::shut(m.peer);
         }
     }
 

@@ -14,6 +14,10 @@
 //!   order says so first, and all who shut down the other direction only go on reading), and nobody is left to
 //!   read them: the doorbell is at its end, or no file leads to the socket. Otherwise it is the end of the stream.
 //!
+//! When both ends have sent FIN no file leads to the peer's socket though it lives and reads on: the kernel has done with
+//! it (TIME_WAIT, CLOSE). Nor does an RST follow any more, whatever is unread. So who shuts his direction says so first
+//! (PEER_SHUT), and a FIN that was announced is the end of the stream, and nothing else, for one who has shut his.
+//!
 //! The slot's word `reset`:
 //!
 //! | word | meaning | becomes |
@@ -21,7 +25,7 @@
 //! | 0 | nothing of that kind: in state CLOSE the kernel has had an RST | DOOMED, at the end of the doorbell with bytes unread; HALF; SHUT; an errno |
 //! | HALF | the FIN is here and the peer lives: only the doorbell can tell of its death now. An RST after a FIN is EPIPE (tcp_reset) | EPIPE, at the end of the doorbell with bytes unread |
 //! | TAIL | our stream has left the ring with bytes unread, so nobody listens to the doorbell: each send looks for the FIN | as 0; 0, when all is read |
-//! | SHUT | our direction is shut by the program, so a FIN ends in state CLOSE as well | as 0; TOLD, by the RST |
+//! | SHUT | our direction is shut by the program, so a FIN ends in state CLOSE as well | as 0; TOLD, by the RST, or by the FIN of a peer that has shut its direction too |
 //! | DOOMED | FIN or RST will come. Our direction is shut, so that a FIN hangs up, which wakes every sleeper as RST does; senders find no room | ECONNRESET, by the FIN; TOLD, by the RST |
 //! | an errno | poll shows what it shows of a reset socket | TOLD, by the call that tells it: EPIPE by none that reads |
 //! | TOLD | all is the kernel's again | |
@@ -112,8 +116,10 @@ impl Socket {
     pub(super) fn doom(&self, fd: i32, s: &Slot) {
         // Before the kernel is told, which then says there is room: see `look_at`.
         let closed = sys::tcp_is_closed(fd);
+        let both_shut = closed && self.mapped().is_some_and(|m| doorbell::was_shut(m.me));
         let doom = |w: u32| match w {
             0 | reset::TAIL | reset::HALF if closed => Some(reset::TOLD),
+            reset::SHUT if both_shut => Some(reset::TOLD),
             0 | reset::TAIL | reset::SHUT => Some(reset::DOOMED),
             reset::HALF => Some(EPIPE),
             _ => None,
@@ -170,7 +176,8 @@ impl Socket {
         }
         let mut p = [libc::pollfd { fd, events: 0, revents: 0 }];
         let _ = sys::poll(&mut p, Some(0));
-        if p[0].revents & libc::POLLERR != 0 || !left_unread(s, &m) {
+        let both_shut = was == reset::SHUT && doorbell::was_shut(m.me);
+        if p[0].revents & libc::POLLERR != 0 || both_shut || !left_unread(s, &m) {
             // The kernel's to tell. (Without a doorbell a peer that lives may have read all after all.)
             self.leave_to_kernel(s);
             return false;

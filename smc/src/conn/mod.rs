@@ -642,6 +642,10 @@ impl Socket {
         self.read_buffers(fd);
         self.phase.store(phase::MAPPED, Release);
         self.set_changed();
+        if sys::tcp_is_shut(fd) {
+            // It was not mapped then.
+            self.tell_shut();
+        }
     }
 
     /// Mapped, but a direction may still have to say that it is ready.

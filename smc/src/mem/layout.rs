@@ -31,6 +31,8 @@ pub mod ctl {
     pub const PEER_LEFT: u32 = 8;
     /// The owner is about to choose its `RxLine::stop_at`: whoever publishes now and sees this leaves the ring.
     pub const RX_ASK: u32 = 16;
+    /// The peer's program has shut its sending direction: the FIN that follows is not its end.
+    pub const PEER_SHUT: u32 = 32;
 }
 
 /// What a side says as the producer of its outgoing ring.

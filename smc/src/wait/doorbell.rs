@@ -7,6 +7,7 @@
 //! | `RX_STOP` | the owner, once | nobody |
 //! | `RX_ASK` | the owner, once, before it looks where to stop | nobody |
 //! | `PEER_LEFT` | the peer, once | nobody |
+//! | `PEER_SHUT` | the peer, before the FIN of a shutdown(2) | nobody |
 //!
 //! Stop and the armed bits share one word, so the one fence that a publication needs covers both: after it
 //! the producer knows whether somebody sleeps *and* whether the bytes it just published will be read.
@@ -166,6 +167,17 @@ fn mark(side: &SidePage, bit: u32, other: u32) -> bool {
         .ctl
         .fetch_update(AcqRel, Acquire, |w| (w & other == 0 || !holds(Rule::OneWord)).then_some(w | bit))
         .is_ok()
+}
+
+/// Tells `peer` that this end shuts its sending direction, before its FIN does.
+pub fn shut(peer: &SidePage) {
+    // Relaxed: TCP carries the edge. Who looks has seen the FIN, which is sent after this.
+    peer.ctl.ctl.fetch_or(ctl::PEER_SHUT, Relaxed);
+}
+
+/// Whether the peer has shut its sending direction; asked once its FIN is here.
+pub fn was_shut(me: &SidePage) -> bool {
+    me.ctl.ctl.load(Relaxed) & ctl::PEER_SHUT != 0
 }
 
 /// Whether `peer` has asked to stop, or is about to.
