@@ -57,6 +57,7 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(exec_after_the_peer_has_ended).procs(),
     s!(exec_after_the_peer_has_gone_back).procs(),
     s!(exec_with_an_idle_peer).procs(),
+    s!(exec_after_both_have_shut).procs(),
     s!(stdin_with_an_idle_peer).procs(),
     s!(stdin_of_a_killed_peer).procs(),
     s!(fdopen_with_an_idle_peer).procs(),
@@ -981,6 +982,22 @@ fn exec_after_the_peer_has_gone_back(w: &World) {
     log!("far {}", w.far(&c, "hear"));
     w.far(&c, "shutdown 1");
     log!("far {} {}", w.far(&c, "hear"), sys::wait(pid));
+}
+
+/// The kernel has forgotten the peer's address by then.
+fn exec_after_both_have_shut(w: &World) {
+    let c = w.pair();
+    let out = sys::pipe();
+    w.far(&c, "say words");
+    c.arrived(5);
+    w.far(&c, "shutdown 1");
+    c.settle(libc::POLLRDHUP);
+    log!("{}", show(sys::shutdown(c.fd, libc::SHUT_WR)));
+    c.settle(libc::POLLHUP);
+    let pid = cat(&c, out[1]);
+    sys::close(c.fd).expect("close");
+    sys::close(out[1]).expect("close");
+    log!("{} {}", text(out[0]), sys::wait(pid));
 }
 
 fn exec_with_an_idle_peer(_: &World) {

@@ -61,7 +61,7 @@ impl Relay {
         {
             return None;
         }
-        let (end, own) = pair(fd)?;
+        let (end, own) = pair(e, fd)?;
         let word = word()?;
         let saved = high(sys::dup_high(fd))?;
         let token = spawn(e, &own, &saved, &word)?;
@@ -222,9 +222,9 @@ fn bound(family: u32, ip: [u32; 4]) -> Option<Fd> {
 }
 
 /// Two ends of a connection: the program's, set as `fd` is, and the relay's.
-fn pair(fd: c_int) -> Option<(Fd, Fd)> {
+fn pair(e: &Ref, fd: c_int) -> Option<(Fd, Fd)> {
     let (family, here, _) = sys::sockaddr(fd, false)?;
-    let (_, there, _) = sys::sockaddr(fd, true)?;
+    let (_, there, _) = sys::sockaddr(fd, true).or_else(|| e.sock.peer_address())?;
     let (end, own) = connected(family, here, there)?;
     for (level, name, len) in [
         (libc::SOL_SOCKET, libc::SO_KEEPALIVE, 4),

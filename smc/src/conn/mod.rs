@@ -623,6 +623,13 @@ impl Socket {
     }
 
     /// The handshake is done: the mappings and the doorbell are this socket's.
+    /// The peer's address, as [`sys::sockaddr`] tells it: the kernel forgets it once both ends have sent FIN (TCP_CLOSE).
+    pub fn peer_address(&self) -> Option<(u32, [u32; 4], u16)> {
+        let s = self.slot()?;
+        let words = [0, 1, 2, 3].map(|i: usize| s.peer_addr[i].load(Relaxed));
+        Some((s.family.load(Relaxed), words, s.peer_port.load(Relaxed) as u16))
+    }
+
     fn adopt(&self, fd: i32, s: &Slot, est: Box<Established>) {
         crate::internal_fds::add(est.bell.raw());
         let ring = est.buffers.rx().1;
