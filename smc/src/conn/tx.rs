@@ -596,8 +596,17 @@ impl Socket {
     #[cold]
     pub(super) fn ring_peer(&self, s: &Slot, m: &Mapped<'_>) -> isize {
         s.wait.doorbells.fetch_add(1, Relaxed);
-        // EAGAIN: unread rings are there already. EPIPE: the peer let go; its end of file tells us.
-        let r = s.wait.rings.pay(|| sys::ring(m.bell));
+        // EAGAIN: unread rings are there already. EPIPE: the peer let go; its end of file tells us. A ring that the kernel
+        // has no memory for would be a wake-up that is lost: nobody else knows that it is due.
+        let refused = |r: isize| matches!(i32::try_from(-r), Ok(libc::ENOBUFS | libc::ENOMEM | libc::EINTR));
+        let r = s.wait.rings.pay(|| {
+            loop {
+                match sys::ring(m.bell) {
+                    r if refused(r) => sys::yield_cpu(),
+                    r => return r,
+                }
+            }
+        });
         // Relaxed: what comes after it in this thread, or in one that it tells, is published with it.
         m.rang.fetch_add(1, Relaxed);
         r

@@ -420,7 +420,11 @@ impl Socket {
                 }
                 _ => {
                     drop(g);
-                    self.peer_gone(fd, s, m);
+                    // An error says nothing of the peer (a signal, no memory): then this thread looks again, and does
+                    // not sleep meanwhile.
+                    if fate::bell_ends(m) {
+                        self.peer_gone(fd, s, m);
+                    }
                     return false;
                 }
             }
@@ -573,7 +577,7 @@ impl Socket {
             if s.wait.asleep.load(Relaxed) == 0 {
                 let mut b = [0u8; 64];
                 let r = sys::recv_small(m.bell, &mut b, libc::MSG_DONTWAIT);
-                gone = r == 0 || (r < 0 && r != EAGAIN && r != EINTR);
+                gone = r == 0 || r < 0 && r != EAGAIN && fate::bell_ends(&m);
             } else {
                 let mut b = [0u8; 1];
                 gone |= sys::recv_small(m.bell, &mut b, libc::MSG_DONTWAIT | libc::MSG_PEEK) == 0;
