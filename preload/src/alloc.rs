@@ -11,12 +11,17 @@
 //! fresh  : blocks left (16) | address (48) of the piece that is being cut into blocks
 //! ```
 //!
+//! A program that has used up its address space (RLIMIT_AS) may be able to live with that; a library in it that can't
+//! have a few bytes would be its end. So some chunks are kept back in the library's own data, where they cost nothing
+//! until they are touched. Who asks for more than a chunk is told no, and must be able to do without.
+//!
 //! A block is cut off when it is wanted, so what a process does not use it does not touch: a program that has nothing to
 //! do with sockets would pay for each page at its start.
 
 use engine::rawsys::syscall6;
 use std::alloc::{GlobalAlloc, Layout};
-use std::sync::atomic::{AtomicU64, Ordering::*};
+use std::cell::UnsafeCell;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::*};
 
 const CLASSES: usize = 12;
 const MIN: usize = 32;
@@ -42,12 +47,49 @@ fn class(layout: &Layout) -> Option<usize> {
     (c < CLASSES).then_some(c)
 }
 
+/// Chunks kept back, on a page of their own.
+#[repr(C, align(4096))]
+struct Reserve(UnsafeCell<[[u8; CHUNK]; RESERVED]>);
+
+// SAFETY: each chunk is handed out once, by the count `TAKEN`, and is its owner's from then on.
+unsafe impl Sync for Reserve {}
+
+const RESERVED: usize = 16;
+static RESERVE: Reserve = Reserve(UnsafeCell::new([[0; CHUNK]; RESERVED]));
+static TAKEN: AtomicUsize = AtomicUsize::new(0);
+
+/// A chunk of the kernel's, or one that was kept back.
+fn chunk() -> *mut u8 {
+    let p = map(CHUNK);
+    if !p.is_null() {
+        return p;
+    }
+    engine::mem::short::note();
+    // Relaxed: nobody has written to a chunk before it is taken, and each is taken once.
+    let take = |n: usize| (n < RESERVED).then_some(n + 1);
+    TAKEN
+        .fetch_update(Relaxed, Relaxed, take)
+        .map_or(std::ptr::null_mut(), |n| RESERVE.0.get().cast::<u8>().wrapping_add(n * CHUNK))
+}
+
 fn map(len: usize) -> *mut u8 {
     let prot = (libc::PROT_READ | libc::PROT_WRITE) as usize;
     let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as usize;
     // SAFETY: a new private mapping at an address the kernel chooses.
     let p = unsafe { syscall6(libc::SYS_mmap, 0, len, prot, flags, usize::MAX, 0) };
     if p < 0 { std::ptr::null_mut() } else { p as *mut u8 }
+}
+
+/// A chunk that was told to nobody.
+fn give_back(chunk: *mut u8) {
+    let kept = RESERVE.0.get().addr();
+    if (kept..kept + RESERVED * CHUNK).contains(&chunk.addr()) {
+        // Not to be unmapped: a hole in the library's data would be anybody's. Its pages serve as such.
+        (0..CHUNK / PAGE).for_each(|i| push(PAGES, chunk.wrapping_add(i * PAGE)));
+        return;
+    }
+    // SAFETY: mapped just now, with this length, and told to nobody.
+    unsafe { syscall6(libc::SYS_munmap, chunk as usize, CHUNK, 0, 0, 0, 0) };
 }
 
 fn pages(n: usize) -> usize {
@@ -103,7 +145,7 @@ fn refill(c: usize) -> *mut u8 {
             }
             continue;
         }
-        let (piece, len) = if c < PAGES { (pop(PAGES), PAGE) } else { (map(CHUNK), CHUNK) };
+        let (piece, len) = if c < PAGES { (pop(PAGES), PAGE) } else { (chunk(), CHUNK) };
         if piece.is_null() {
             return piece;
         }
@@ -118,8 +160,7 @@ fn refill(c: usize) -> *mut u8 {
         if c < PAGES {
             push(PAGES, piece);
         } else {
-            // SAFETY: mapped just now, with this length, and told to nobody.
-            unsafe { syscall6(libc::SYS_munmap, piece as usize, CHUNK, 0, 0, 0, 0) };
+            give_back(piece);
         }
     }
 }

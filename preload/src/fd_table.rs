@@ -21,6 +21,7 @@ use crate::hooks::epoll::{Members, Set};
 use engine::conn::Socket;
 use engine::report::Sums;
 use engine::section::{self, Section};
+use std::alloc::Layout;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering::*};
 
 /// fds above this are passed through.
@@ -295,24 +296,30 @@ static USED: AtomicU32 = AtomicU32::new(0);
 static FREE: AtomicPtr<Entry> = AtomicPtr::new(std::ptr::null_mut());
 static POOL_LOCK: AtomicU32 = AtomicU32::new(0);
 
-/// Made where it stays: a thread's stack may be too small for a chunk.
-fn new_chunk() -> Box<[Entry; CHUNK]> {
-    let mut chunk = Box::<[Entry; CHUNK]>::new_uninit();
+/// Made where it stays: a thread's stack may be too small for a chunk. `None`: there is no memory, and what the program
+/// has opened is the kernel's alone.
+fn new_chunk() -> Option<Box<[Entry; CHUNK]>> {
+    let layout = Layout::new::<[Entry; CHUNK]>();
+    // SAFETY: the layout has a size.
+    let chunk = unsafe { std::alloc::alloc(layout) }.cast::<Entry>();
+    if chunk.is_null() {
+        return None;
+    }
     for i in 0..CHUNK {
         // SAFETY: the i-th of CHUNK entries of the allocation.
-        let entry = unsafe { chunk.as_mut_ptr().cast::<Entry>().add(i) };
+        let entry = unsafe { chunk.add(i) };
         // SAFETY: as above; nobody has it yet.
         unsafe { entry.write(Entry::new()) };
     }
-    // SAFETY: all entries are written.
-    unsafe { chunk.assume_init() }
+    // SAFETY: allocated above as a box allocates, and all entries are written.
+    Some(unsafe { Box::from_raw(chunk.cast()) })
 }
 
 fn entry_at(i: usize) -> Option<&'static Entry> {
     let cell = POOL.get(i / CHUNK)?;
     let mut p = cell.load(Acquire);
     if p.is_null() {
-        let fresh = Box::into_raw(new_chunk());
+        let fresh = Box::into_raw(new_chunk()?);
         match cell.compare_exchange(std::ptr::null_mut(), fresh, AcqRel, Acquire) {
             Ok(_) => p = fresh,
             Err(other) => {

@@ -465,6 +465,12 @@ impl Socket {
                 self.postpone();
                 return false;
             }
+            if crate::mem::short::is_short() {
+                s.reason.store(Reason::NoMemory.code(), Relaxed);
+                self.tries.fetch_max(1, Relaxed);
+                self.postpone();
+                return false;
+            }
             match self.start(fd, s) {
                 Ok(r) => *hs = Some(r),
                 Err(Reason::TooShort) => {

@@ -3,3 +3,5 @@
 pub mod layout;
 pub mod region;
 pub mod rmb;
+#[cfg(not(smc_loom))]
+pub mod short;
