@@ -7,7 +7,9 @@
 use libtest_mimic::Failed;
 use std::{
     collections::BTreeMap,
-    env, fs,
+    env,
+    ffi::OsString,
+    fs,
     io::Write as _,
     net::TcpListener,
     os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
@@ -144,6 +146,7 @@ pub struct Run {
     dir: TempDir,
     limit: Duration,
     lib: Option<PathBuf>,
+    beside: Option<OsString>,
 }
 
 impl Run {
@@ -151,7 +154,7 @@ impl Run {
         let dir = tempfile::Builder::new().prefix(&format!("smc-test-{name}-")).tempdir().expect("a folder");
         // Some servers change their user, and write their statistics all the same.
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o1777)).expect("chmod");
-        Run { name: name.into(), dir, limit: Duration::from_secs(120), lib: None }
+        Run { name: name.into(), dir, limit: Duration::from_secs(120), lib: None, beside: None }
     }
 
     /// The watchdog's patience.
@@ -162,6 +165,13 @@ impl Run {
     /// From here on programs run under the preload.
     pub fn preload(&mut self, lib: &Lib) {
         self.lib.clone_from(&lib.0);
+    }
+
+    /// Another library is preloaded before it.
+    pub fn preload_beside(&mut self, other: &Path) {
+        let mut s = other.as_os_str().to_owned();
+        s.push(" ");
+        self.beside = Some(s);
     }
 
     /// The same, by a copy that every user can read.
@@ -191,7 +201,9 @@ impl Run {
     fn dress(&self, cmd: &mut Command, name: &str) {
         cmd.env_remove("LD_PRELOAD").env_remove("SMC_STATS");
         if let Some(lib) = &self.lib {
-            cmd.env("LD_PRELOAD", lib).env("SMC_STATS", self.dir.path().join(format!("{name}.%p.json")));
+            let mut all = self.beside.clone().unwrap_or_default();
+            all.push(lib);
+            cmd.env("LD_PRELOAD", all).env("SMC_STATS", self.dir.path().join(format!("{name}.%p.json")));
         }
         cmd.process_group(0);
         // When the tests themselves are killed, nothing they started stays. (The thread that starts a program
@@ -460,6 +472,10 @@ impl Random {
             u64::from(std::process::id()) ^ std::time::UNIX_EPOCH.elapsed().map_or(1, |d| d.as_nanos() as u64)
         });
         let _ = writeln!(std::io::stderr(), "SMC_SEED={seed}");
+        Random(seed)
+    }
+
+    pub fn seeded(seed: u64) -> Self {
         Random(seed)
     }
 

@@ -152,6 +152,70 @@ fn e2e() -> io::Result<Tally> {
     tests(&mut command)
 }
 
+/// `tests/chaos`, for as long as is wanted.
+pub fn chaos(options: &[&str]) -> ExitCode {
+    let (mut time, mut seed) = (600, None);
+    let mut rest = options.iter();
+    while let Some(option) = rest.next() {
+        let value = rest.next().copied().unwrap_or("");
+        match (*option, seconds(value), value.parse::<u64>()) {
+            ("--time", Some(t), _) => time = t,
+            ("--seed", _, Ok(n)) => seed = Some(n.to_string()),
+            _ => {
+                eprintln!("xtask: chaos: {option} {value}: --time 90s, 30m or 1h, and --seed N");
+                return ExitCode::from(2);
+            }
+        }
+    }
+    let run = || -> io::Result<Tally> {
+        let mut tally = step(shell::cargo().args(["build", "--quiet", "--release"]))?;
+        tally.add(step(shell::cargo().args([
+            "build",
+            "--quiet",
+            "--release",
+            "-p",
+            "libsmc",
+            "--examples",
+        ]))?);
+        if tally.failed > 0 {
+            return Ok(tally);
+        }
+        let mut command = shell::cargo();
+        command.args([
+            "test",
+            "--quiet",
+            "--release",
+            "-p",
+            "libsmc",
+            "--test",
+            "chaos",
+            "--",
+            "--nocapture",
+        ]);
+        command.env("SMC_CHAOS_SECONDS", time.to_string()).env("PATH", shell::path_with_sbin());
+        if let Some(seed) = seed {
+            command.env("SMC_SEED", seed);
+        }
+        tests(&mut command)
+    };
+    let tally = run().unwrap_or_else(|e| {
+        println!("chaos: {e}");
+        Tally::step(false)
+    });
+    println!("{tally}");
+    if tally.failed == 0 && tally.passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// `90`, `90s`, `30m`, `1h`.
+fn seconds(text: &str) -> Option<u64> {
+    let unit = |c: char| [('s', 1), ('m', 60), ('h', 3600)].into_iter().find(|u| u.0 == c).map(|u| u.1);
+    let last = text.chars().last()?;
+    match unit(last) {
+        Some(n) => text.strip_suffix(last)?.parse::<u64>().ok()?.checked_mul(n),
+        None => text.parse().ok(),
+    }
+}
+
 /// What users install, made of the release build.
 fn package() -> io::Result<Tally> {
     let built = step(shell::cargo().args(["build", "--quiet", "--release"]))?;
@@ -277,6 +341,12 @@ mod tests {
     fn executables_are_found_by_name() {
         let text = "  Executable unittests src/lib.rs (t/a-1)\n  Executable tests/b.rs (t/deps/b-2)\n";
         assert_eq!(executables(text).collect::<Vec<_>>(), ["t/deps/b-2"]);
+    }
+
+    #[test]
+    fn times_have_units() {
+        assert_eq!(["90", "90s", "30m", "1h"].map(seconds), [Some(90), Some(90), Some(1800), Some(3600)]);
+        assert_eq!(["", "h", "1d", "-1s"].map(seconds), [None; 4]);
     }
 
     #[test]

@@ -52,6 +52,9 @@ cargo xtask COMMAND
   loom          the models: every interleaving of the lock-free parts
   weak          the same models with one ordering or guard weakened: each must fail
   e2e           top-level tests/: unmodified programs under libsmc.so
+  chaos         tests/chaos/ alone, for longer: all that happens to processes happens at once
+      --time T       how long each of its tests goes on: 90s, 30m, 1h (10m)
+      --seed N       draws the same again, as far as scheduling lets it
   package       what `dist` makes, installed, used and removed (the package: in a clean root, by root)
   rdma          rdma/: verbs and the kernel's SMC-R, in a VM with Soft-RoCE (Debian, root)
 
@@ -64,6 +67,9 @@ fn main() -> ExitCode {
     let (command, options) = args.split_first().map_or(("help", &[][..]), |(c, o)| (*c, o));
     if command == "bench" {
         return bench::main(options);
+    }
+    if command == "chaos" {
+        return checks::chaos(options);
     }
     if command == "vm" {
         return vm::main(options);
