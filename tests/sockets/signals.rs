@@ -41,6 +41,7 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(values_arrive_in_order),
     s!(handler_on_its_own_stack),
     s!(mask_of_a_handler),
+    s!(mask_with_its_own_signal),
     s!(cancel_in_poll),
     s!(cancel_in_send),
 ];
@@ -861,13 +862,76 @@ fn mask_of_a_handler(w: &World) {
     }
     storms.into_iter().for_each(Storm::end);
     log!("{} inside each other", WRONG.load(SeqCst));
-    // And none is left blocked.
+    none_is_blocked();
+    compare(w, &c, m);
+}
+
+fn is_blocked(sig: c_int) -> bool {
     // SAFETY: all-zero is a valid set, which the call fills.
     let mut mask: libc::sigset_t = unsafe { mem::zeroed() };
     // SAFETY: a live set.
     unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, ptr::null(), &mut mask) };
     // SAFETY: a live set.
-    log!("blocked: {}", (1..64).filter(|s| unsafe { libc::sigismember(&mask, *s) } == 1).count());
+    unsafe { libc::sigismember(&mask, sig) == 1 }
+}
+
+fn none_is_blocked() {
+    log!("blocked: {}", (1..64).filter(|s| is_blocked(*s)).count());
+}
+
+static BLOCKED: AtomicU32 = AtomicU32::new(0);
+
+/// Tells whether its own signal is blocked while it runs.
+extern "C" fn looks(sig: c_int) {
+    BLOCKED.store(if is_blocked(sig) { 1 } else { 2 }, SeqCst);
+}
+
+/// SA_NODEFER lets in no signal that is in its own handler's mask, whenever and however the handler is set.
+fn mask_with_its_own_signal(w: &World) {
+    // SAFETY: all-zero is a valid action.
+    let mut a: libc::sigaction = unsafe { mem::zeroed() };
+    a.sa_sigaction = looks as *const () as usize;
+    a.sa_flags = SA_RESTART | libc::SA_NODEFER;
+    a.sa_mask = sys::sigset(SIGUSR2);
+    for sig in [SIGUSR1, SIGUSR2] {
+        action(sig, Some(&a));
+    }
+    let c = w.pair();
+    FD.store(c.fd, SeqCst);
+    w.start_far(&c, "tally");
+    let mut m: u64 = (0..100).map(|_| put_raw(c.fd, &MS) as u64).sum();
+    let look = |sig| {
+        sys::signal_thread(sys::this_thread(), sig);
+        let read = told(&action(sig, None));
+        log!("{sig}: blocked {}, {read}", BLOCKED.swap(0, SeqCst) == 1);
+    };
+    for sig in [SIGUSR1, SIGUSR2] {
+        look(sig);
+        for flags in [SA_RESTART, libc::SA_NODEFER, libc::SA_NODEFER | libc::SA_RESETHAND] {
+            a.sa_flags = flags;
+            action(sig, Some(&a));
+            look(sig);
+        }
+        // By number: handler, flags, restorer, mask.
+        let mut raw = [0usize; 4];
+        a.sa_flags = SA_RESTART | libc::SA_NODEFER;
+        action(sig, Some(&a));
+        // SAFETY: room for the kernel's struct sigaction.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, sig, 0, raw.as_mut_ptr(), 8) };
+        // SAFETY: the kernel's struct sigaction, as it gave it.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, sig, raw.as_ptr(), 0, 8) };
+        look(sig);
+    }
+    // And under fire.
+    a.sa_sigaction = alone as *const () as usize;
+    action(SIGUSR2, Some(&a));
+    let storm = Storm::begin(SIGUSR2, 15);
+    while COUNT.load(SeqCst) < 2000 {
+        m += put_raw(c.fd, &MS) as u64;
+    }
+    storm.end();
+    log!("{} inside itself", WRONG.load(SeqCst));
+    none_is_blocked();
     compare(w, &c, m);
 }
 

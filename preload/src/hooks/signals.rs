@@ -20,7 +20,8 @@
 //!
 //! The kernel's flags are the program's but for three, which are done here: SA_SIGINFO is always there; with
 //! SA_RESETHAND the kernel would forget the handler when the signal is deferred; with SA_NODEFER it would deliver a
-//! signal again that has just been queued. The program reads back its own handlers and flags.
+//! signal again that has just been queued. (Not one that is in its own handler's mask: that is blocked all the same, and
+//! the flag is left to the kernel.) The program reads back its own handlers and flags.
 
 use super::data::{alias, hook};
 use crate::hook::{errno, fail, set_errno};
@@ -45,6 +46,18 @@ const FAULTS: [c_int; 7] =
     [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGSYS, libc::SIGABRT];
 /// The flags that are not the kernel's to obey.
 const OURS: c_int = SA_SIGINFO | SA_RESETHAND | SA_NODEFER;
+
+/// What the kernel is to obey, and what is done here, of a program's flags; `masked`: the signal is in its own
+/// handler's mask, so that SA_NODEFER does not let it in (signal_setup_done, kernel/signal.c).
+fn divided(flags: c_int, masked: bool) -> (c_int, c_int) {
+    let ours = if masked { OURS & !SA_NODEFER } else { OURS };
+    (flags & !ours | SA_SIGINFO, flags & ours)
+}
+
+/// The program's flags again, of what the kernel has and what is done here.
+fn together(kernel: c_int, here: c_int) -> c_int {
+    kernel & !(SA_SIGINFO | SA_RESETHAND) | here & OURS
+}
 
 /// Our handler is in place.
 static ON: AtomicBool = AtomicBool::new(false);
@@ -201,29 +214,38 @@ fn adopt(sig: c_int) {
     alone(|| {
         let mut a = no_action();
         if kernel(sig, std::ptr::null(), &raw mut a) == 0 && is_handler(a.sa_sigaction) {
-            action.set(Handler { at: a.sa_sigaction, flags: a.sa_flags });
+            let (kernels, here) = divided(a.sa_flags, holds(&a.sa_mask, sig));
+            action.set(Handler { at: a.sa_sigaction, flags: a.sa_flags & SA_RESTART | here });
             a.sa_sigaction = address();
-            a.sa_flags = a.sa_flags & !OURS | SA_SIGINFO;
+            a.sa_flags = kernels;
             kernel(sig, &raw const a, std::ptr::null_mut());
         }
     });
 }
 
-/// Changes an action: `call` does it with the handler that the kernel is to know, and tells which it knew. The result,
-/// and the program's handler before.
+/// Whether a signal is in a mask.
+fn holds(mask: &sigset_t, sig: c_int) -> bool {
+    // SAFETY: a live set.
+    unsafe { libc::sigismember(mask, sig) == 1 }
+}
+
+/// Changes an action: `call` does it with the handler that the kernel is to know, and tells which it knew. `masked`: see
+/// [`divided`]. The result, and the program's handler before.
 fn change(
     sig: c_int,
     new: Option<Handler>,
+    masked: bool,
     call: impl FnOnce(Option<Handler>) -> (c_int, Handler),
 ) -> (c_int, Handler) {
     let Some(action) = action(sig) else { return call(new) };
     alone(|| {
         let (before, _) = action.now();
         let ours = new.filter(|h| is_handler(h.at));
-        if let Some(h) = ours {
-            action.set(h);
-        }
-        let known = ours.map(|h| Handler { at: address(), flags: h.flags & !OURS | SA_SIGINFO });
+        let known = ours.map(|h| {
+            let (kernels, here) = divided(h.flags, masked);
+            action.set(Handler { at: h.at, flags: h.flags & SA_RESTART | here });
+            Handler { at: address(), flags: kernels }
+        });
         let (r, was) = call(known.or(new));
         if r != 0 && ours.is_some() {
             action.set(before);
@@ -238,7 +260,7 @@ fn change(
 /// What the program has set where the kernel says that it knew `was`.
 fn translated(was: Handler, before: Handler) -> Handler {
     if was.at == address() {
-        Handler { at: before.at, flags: was.flags & !OURS | before.flags & OURS }
+        Handler { at: before.at, flags: together(was.flags, before.flags) }
     } else {
         was
     }
@@ -290,7 +312,8 @@ hook! {
         // SAFETY: null or the program's.
         let wanted = unsafe { new.as_ref() }.copied();
         let mut was = no_action();
-        let (r, h) = change(sig, wanted.map(|a| Handler { at: a.sa_sigaction, flags: a.sa_flags }), |known| {
+        let masked = wanted.is_some_and(|a| holds(&a.sa_mask, sig));
+        let (r, h) = change(sig, wanted.map(|a| Handler { at: a.sa_sigaction, flags: a.sa_flags }), masked, |known| {
             let mut a = wanted.unwrap_or_else(no_action);
             if let Some(k) = known {
                 (a.sa_sigaction, a.sa_flags) = (k.at, k.flags);
@@ -343,12 +366,17 @@ pub unsafe fn by_number(sig: c_int, new: *const KernelAct, old: *mut KernelAct) 
     // SAFETY: as the caller vouches.
     let wanted = unsafe { new.as_ref() }.copied();
     let mut was = KernelAct { handler: 0, flags: 0, restorer: 0, mask: 0 };
-    let (r, h) = change(sig, wanted.map(|a| Handler { at: a.handler, flags: a.flags as c_int }), |known| {
-        let a =
-            wanted.zip(known).map(|(w, k)| KernelAct { handler: k.at, flags: k.flags as u32 as usize, ..w });
-        let r = raw(a.as_ref().map_or(std::ptr::null(), std::ptr::from_ref), &raw mut was);
-        (r, Handler { at: was.handler, flags: was.flags as c_int })
-    });
+    let masked = action(sig).is_some() && wanted.is_some_and(|a| a.mask & bit(sig) != 0);
+    let (r, h) =
+        change(sig, wanted.map(|a| Handler { at: a.handler, flags: a.flags as c_int }), masked, |known| {
+            let a = wanted.zip(known).map(|(w, k)| KernelAct {
+                handler: k.at,
+                flags: k.flags as u32 as usize,
+                ..w
+            });
+            let r = raw(a.as_ref().map_or(std::ptr::null(), std::ptr::from_ref), &raw mut was);
+            (r, Handler { at: was.handler, flags: was.flags as c_int })
+        });
     if r == 0
         // SAFETY: as the caller vouches.
         && let Some(o) = unsafe { old.as_mut() }
@@ -619,7 +647,7 @@ unsafe extern "C" fn handler(sig: c_int, info: *mut siginfo_t, context: *mut c_v
 unsafe fn postpone(sig: c_int, info: *mut siginfo_t, context: *mut c_void) {
     // SAFETY: the kernel's siginfo, ours to write.
     LINE.with(|l| l.put(sig, unsafe { &mut *info }));
-    // This signal is blocked in here (no SA_NODEFER), so it stays in the queue.
+    // This signal is blocked in here (no SA_NODEFER, or in the mask), so it stays in the queue.
     // SAFETY: the kernel's siginfo.
     if unsafe { queue(sig, info) } < 0 {
         // The queue is full (RLIMIT_SIGPENDING): then without what came with it, as a signal from kill(2), which always
@@ -683,7 +711,7 @@ fn use_up(sig: c_int, action: &Action, version: u32) -> bool {
         let mut a = no_action();
         if now == version && kernel(sig, std::ptr::null(), &raw mut a) == 0 && a.sa_sigaction == address() {
             a.sa_sigaction = SIG_DFL;
-            a.sa_flags = a.sa_flags & !OURS | h.flags & OURS;
+            a.sa_flags = together(a.sa_flags, h.flags);
             kernel(sig, &raw const a, std::ptr::null_mut());
         }
         true
