@@ -628,7 +628,6 @@ impl Socket {
         self.set_changed();
     }
 
-    /// The handshake is done: the mappings and the doorbell are this socket's.
     /// The peer's address, as [`sys::sockaddr`] tells it: the kernel forgets it once both ends have sent FIN (TCP_CLOSE).
     pub fn peer_address(&self) -> Option<(u32, [u32; 4], u16)> {
         let s = self.slot()?;
@@ -636,6 +635,7 @@ impl Socket {
         Some((s.family.load(Relaxed), words, s.peer_port.load(Relaxed) as u16))
     }
 
+    /// The handshake is done: the mappings and the doorbell are this socket's.
     fn adopt(&self, fd: i32, s: &Slot, est: Box<Established>) {
         crate::internal_fds::add(est.bell.raw());
         let ring = est.buffers.rx().1;
