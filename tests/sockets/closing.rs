@@ -56,6 +56,7 @@ pub const SCENARIOS: &[Scenario] = &[
     // Not where our stream has left the ring before: then nobody listens to the doorbell, and TCP has had its FIN.
     s!(peer_killed_after_shutdown_wr).procs().unforced(),
     s!(peer_killed_after_our_shutdown_wr).procs(),
+    s!(peer_killed_behind_its_rings).procs().unforced(),
     s!(half_closed_peer_lives_with_unread_data),
     s!(half_closed_peer_closes_with_unread_data),
     s!(both_shut_with_unread_data),
@@ -594,6 +595,27 @@ fn peer_killed_and_small_sends(w: &World) {
         let e = (0..100).find_map(|_| sys::send(c.fd, b"x", libc::MSG_NOSIGNAL).err());
         log!("{:?} {} {}", e.map(sys::errno_name), state(c), read1(c));
     }
+}
+
+/// The doorbell has been rung and not emptied when its end comes, which no other edge tells of.
+fn peer_killed_behind_its_rings(w: &World) {
+    let mut c = w.pair();
+    let set = sys::epoll_create();
+    sys::epoll_add(set, c.fd, libc::EPOLLIN | libc::EPOLLRDHUP | libc::EPOLLET, 7);
+    for _ in 0..3 {
+        // The set sleeps when it comes.
+        w.start_far(&c, "delayput 10 30");
+        log!("{} {}", sys::show_epoll(sys::epoll_wait(set, 4, 4000)), w.finish());
+        log!("{}", c.get(10));
+    }
+    w.far(&c, "shutdown 1");
+    log!("{}", sys::show_epoll(sys::epoll_wait(set, 4, 4000)));
+    log!("{}", read1(&c));
+    log!("{}", c.put(10));
+    w.far(&c, "arrived 10");
+    kill_and_see(w);
+    log!("{}", sys::show_epoll(sys::epoll_wait(set, 4, 4000)));
+    log!("{} {}", state(&c), show(sys::send(c.fd, b"x", libc::MSG_NOSIGNAL)));
 }
 
 /// Descriptors of the agent, taken into this process: what they lead to outlives it.
