@@ -363,15 +363,20 @@ fn run(e: &Ref, token: u32, own: c_int, sock: c_int, word: c_int) -> ! {
     internal_fds::remove(sock);
     e.sock.takes_part(token);
     keep([own, sock, word, e.sock.bell().unwrap_or(own)]);
-    // struct sigaction of the kernel: SIG_DFL, no flags.
-    let act = [0usize; 4];
+    // SAFETY: no pointers.
+    let _ = unsafe { rawcall!(libc::SYS_setsid) };
+    // What the program's group was signalled before that waits, blocked, and is the program's alone: to ignore a signal
+    // is to forget those that wait.
     for sig in 1..=64 {
-        // SAFETY: `act` is readable; no handler of the program's is left.
-        let _ = unsafe { rawcall!(libc::SYS_rt_sigaction, sig, act.as_ptr(), 0, 8) };
+        for handler in [libc::SIG_IGN, libc::SIG_DFL] {
+            // struct sigaction of the kernel: the handler, no flags, no mask.
+            let act = [handler, 0, 0, 0usize];
+            // SAFETY: `act` is readable; no handler of the program's is left.
+            let _ = unsafe { rawcall!(libc::SYS_rt_sigaction, sig, act.as_ptr(), 0, 8) };
+        }
     }
     // SAFETY: constants, NUL-terminated where they are strings.
     unsafe {
-        let _ = rawcall!(libc::SYS_setsid);
         let _ = rawcall!(libc::SYS_chdir, c"/".as_ptr());
         let _ = rawcall!(libc::SYS_prctl, libc::PR_SET_NAME, c"smc-relay".as_ptr());
     }
