@@ -266,7 +266,7 @@ impl Chaos {
             let r = server.process.until("the end of all connections", quiet);
             r.map_err(|e| {
                 fail(
-                    e.message().unwrap_or("").to_string() + &stacks(&[server.process.pid()]),
+                    e.message().unwrap_or("").to_string() + &stacks(&[group, server.process.pid()]),
                     &client,
                     server,
                 )
@@ -372,12 +372,9 @@ impl Chaos {
                 self.happened.add("stops", 1);
             }
             3 | 4 if begun => {
-                // A relay is no part of the program: it would not have the handler.
-                let name = fs::read_to_string(format!("/proc/{one}/comm")).unwrap_or_default();
-                if !name.starts_with("smc-relay") {
-                    signal(one, libc::SIGUSR1);
-                    self.happened.add("signals", 1);
-                }
+                // To all: a relay is no part of the program and has no handler, and is in its group at first.
+                signal(-leader, libc::SIGUSR1);
+                self.happened.add("signals", 1);
             }
             // An exec needs descriptors, and threads need memory, on TCP as well.
             5 if style != "processes" && begun => {
@@ -510,6 +507,98 @@ fn pairs(worker: u64) -> Result<(), Failed> {
     ensure(left_in_shm() == before, || format!("left in /dev/shm: {:?}", left_in_shm()))
 }
 
+/// Many connections at once, in waves, with a reader that is slow, and less memory than they would like: none is
+/// refused, all bytes arrive, and the memory stays within its limit.
+fn overload() -> Result<(), Failed> {
+    const WAVES: u64 = 10;
+    const AT_ONCE: u64 = 1000;
+    const LIMIT: u64 = 64 << 20;
+    let lib = Lib::find()?;
+    let mut run = Run::new("overload");
+    run.limit(Duration::from_secs(100));
+    run.preload(&lib);
+    let dress = |c: &mut Command| {
+        c.env("SMC_UPGRADE_AFTER", "0").env("SMC_MEM_LIMIT", LIMIT.to_string());
+        let raise = || {
+            let mut l = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+            // SAFETY: a struct rlimit, between fork and exec.
+            unsafe {
+                libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut l);
+                l.rlim_cur = l.rlim_max.min(8192);
+                libc::setrlimit(libc::RLIMIT_NOFILE, &raw const l);
+            }
+            Ok(())
+        };
+        // SAFETY: two system calls with a struct of the stack.
+        unsafe { std::os::unix::process::CommandExt::pre_exec(c, raise) };
+    };
+    let mut c = this(&["--node", "server", "epoll", "0"]);
+    dress(&mut c);
+    let mut server = run.start("server", c)?;
+    server.until("a port", |s| s.stdout().contains("port "))?;
+    let port = server.stdout().lines().find_map(|l| l.strip_prefix("port ").map(String::from));
+    let port = port.ok_or("no port")?;
+    let (mut most, mut bytes, mut upgraded, mut first) = (0, 0, 0, None);
+    let mut on_tcp = BTreeMap::new();
+    for wave in 0..WAVES {
+        let ids: BTreeSet<u64> = (wave << 16..(wave << 16) + AT_ONCE).collect();
+        let id = (wave << 16).to_string();
+        let (n, up_to) = (AT_ONCE.to_string(), (20_000u64).to_string());
+        let mut c = this(&["--node", "client", "epoll", "0", &port, &id, &n, &up_to]);
+        dress(&mut c);
+        c.env("SMC_CHAOS_SLOW", "1");
+        let read = server.stdout().len();
+        let name = format!("client{wave}");
+        let mut client = run.start(&name, c)?;
+        let mut sample = || most = most.max(status(server.pid(), "RssShmem:"));
+        client.until("the end of the wave", |c| {
+            sample();
+            c.stdout().lines().any(|l| l == "over")
+        })?;
+        let done = client.finish()?;
+        server.until("the end of all connections", |s| {
+            Ends::read(&s.stdout()[read..], &ids).done.len() as u64 == AT_ONCE
+        })?;
+        let at_client = Ends::read(&done.stdout, &ids);
+        ensure(done.success && at_client.done == ids, || {
+            format!(
+                "wave {wave}: {} of {AT_ONCE} done; {}\n{}",
+                at_client.done.len(),
+                done.status,
+                tail(&done.stdout)
+            )
+        })?;
+        let stats = run.stats(&name)?;
+        for (why, n) in &stats.fallback {
+            *on_tcp.entry(why.clone()).or_insert(0u64) += n;
+        }
+        upgraded += stats.shm;
+        bytes += ids.iter().map(|i| node::lengths(*i, 20_000)).map(|(a, b)| a + b).sum::<u64>();
+        if wave == 0 {
+            thread::sleep(Duration::from_millis(300));
+            first = Some(descriptors(server.pid()));
+        }
+    }
+    let first = first.unwrap_or_default();
+    server
+        .until("as few descriptors as after the first wave", |s| descriptors(s.pid()).len() <= first.len())?;
+    eprintln!(
+        "overload: {} connections, {bytes} bytes verified, {upgraded} upgraded, at most {most} KiB shared; on TCP: \
+         {on_tcp:?}",
+        WAVES * AT_ONCE
+    );
+    // Beside the rings: the arena, and what the test's own pages are.
+    ensure(most <= (LIMIT >> 10) + (4 << 10), || {
+        format!("{most} KiB shared, the limit is {} KiB", LIMIT >> 10)
+    })?;
+    ensure(lib.is_none() || upgraded > 0, || "no connection was upgraded".into())
+}
+
+/// A failure is told when it is found, though others go on for an hour.
+fn at_once(r: Result<(), Failed>) -> Result<(), Failed> {
+    r.inspect_err(|e| eprintln!("{}", e.message().unwrap_or("failed")))
+}
+
 fn main() -> ExitCode {
     let args: Vec<String> = env::args().skip(1).collect();
     match args.first().map(String::as_str) {
@@ -518,8 +607,9 @@ fn main() -> ExitCode {
         _ => {}
     }
     let trials = vec![
-        Trial::test("pairs", || pairs(0)),
-        Trial::test("more_pairs", || pairs(1)),
+        Trial::test("pairs", || at_once(pairs(0))),
+        Trial::test("more_pairs", || at_once(pairs(1))),
+        Trial::test("overload", overload),
         Trial::ignorable_test("redis", services::redis),
         Trial::ignorable_test("nginx", services::nginx),
     ];

@@ -383,7 +383,7 @@ impl Set {
     fn new(edge: bool) -> Self {
         // SAFETY: no pointers.
         let ep = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
-        let members = (0..256).map(|_| None).collect();
+        let members = (0..1024).map(|_| None).collect();
         Set { ep, edge: if edge { libc::EPOLLET as u32 } else { 0 }, members, bufs: buffers() }
     }
 
@@ -641,8 +641,13 @@ fn client(style: Style, edge: bool, port: u16, first: u64, connections: u64, byt
                     Err(e) => tell(id, &Err(e)),
                 }
             }
+            // A reader that takes its time, with all of them open.
+            let slow = env::var_os("SMC_CHAOS_SLOW").is_some();
             let mut events = [libc::epoll_event { events: 0, u64: 0 }; 16];
             while open > 0 {
+                if slow {
+                    thread::sleep(Duration::from_micros(10));
+                }
                 let n = set.wait(&mut events);
                 for e in &events[..n] {
                     open -= u64::from(set.serve(e.u64 as usize));
