@@ -12,7 +12,8 @@
 //! | killed, bytes unread | the bytes, then ECONNRESET | the peer sees by the cursors what the dead has not read (`fate.rs`) |
 #![allow(unsafe_code)]
 
-use super::{Socket, patience, phase};
+use super::patience::Patience;
+use super::{Socket, phase};
 use crate::arena::{self, rx_mode, tx_mode};
 use crate::handshake::switch;
 use crate::lock;
@@ -113,21 +114,23 @@ impl Socket {
         self.finish_flush(fd);
     }
 
-    /// What the peer would not take from the ring must be in TCP before its FIN. Bounded: a peer that takes
-    /// nothing for five seconds loses what the kernel has no room for, as it would by TCP_USER_TIMEOUT.
+    /// What the peer would not take from the ring must be in TCP before its FIN. Bounded: a peer that has not taken it
+    /// within five seconds loses what the kernel has no room for, as it would by TCP_USER_TIMEOUT.
     fn finish_flush(&self, fd: i32) {
         let Some(s) = self.slot() else { return };
         if s.tx.mode.load(Acquire) == tx_mode::FLUSH {
             make_room(fd, s.tx.prod.load(Relaxed).saturating_sub(s.tx.flush.load(Relaxed)));
             self.progress(fd);
         }
-        for _ in 0..50 {
-            if s.tx.mode.load(Acquire) != tx_mode::FLUSH {
-                return;
-            }
-            let mut p = [libc::pollfd { fd, events: libc::POLLOUT, revents: 0 }];
-            let _ = patience::poll(&mut p, 100_000_000);
+        let mut patience = Patience::new(5_000_000_000);
+        while s.tx.mode.load(Acquire) == tx_mode::FLUSH {
+            let at = s.tx.flush.load(Relaxed);
+            let list = &mut [libc::pollfd { fd, events: libc::POLLOUT, revents: 0 }];
+            let Some(ready) = patience.poll(list) else { return };
             self.progress(fd);
+            if ready && s.tx.flush.load(Relaxed) == at {
+                patience.tire();
+            }
         }
     }
 

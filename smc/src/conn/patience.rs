@@ -13,7 +13,10 @@ const MOST: u64 = 6_000_000_000;
 /// Nanoseconds that go by until one that was spent is back.
 const PRICE: u64 = 64;
 /// Granted even where nothing is left.
-const LEAST: u64 = 1_000_000;
+const LEAST: u64 = 50_000_000;
+
+/// A poll at most.
+const ROUND: u64 = 100_000_000;
 
 /// When the account will be full again.
 static FULL_AT: AtomicU64 = AtomicU64::new(0);
@@ -29,15 +32,35 @@ fn after(full_at: u64, now: u64, ns: u64) -> u64 {
     full_at.max(now).saturating_add(ns.saturating_mul(PRICE)).min(now.saturating_add(MOST * PRICE))
 }
 
-/// poll(2) for up to `ns`, as far as the account allows.
-pub(super) fn poll(list: &mut [libc::pollfd], ns: u64) -> isize {
-    let start = sys::now_ns();
-    // Relaxed, here and below: a sum that carries nothing else.
-    let r = sys::poll(list, Some(granted(FULL_AT.load(Relaxed), start, ns)));
-    let now = sys::now_ns();
-    let spent = now.saturating_sub(start);
-    let _ = FULL_AT.fetch_update(Relaxed, Relaxed, |at| Some(after(at, now, spent)));
-    r
+/// What is left of a wait, in nanoseconds.
+#[derive(Debug)]
+pub(super) struct Patience(u64);
+
+impl Patience {
+    /// For up to `want` nanoseconds in all, as far as the account allows.
+    pub(super) fn new(want: u64) -> Self {
+        // Relaxed, here and below: a sum that carries nothing else.
+        Patience(granted(FULL_AT.load(Relaxed), sys::now_ns(), want))
+    }
+
+    /// poll(2), which a signal may end early; whether something is ready. `None`: the time is over.
+    pub(super) fn poll(&mut self, list: &mut [libc::pollfd]) -> Option<bool> {
+        if self.0 == 0 {
+            return None;
+        }
+        let start = sys::now_ns();
+        let r = sys::poll(list, Some(self.0.min(ROUND)));
+        let now = sys::now_ns();
+        let spent = now.saturating_sub(start);
+        self.0 = self.0.saturating_sub(spent);
+        let _ = FULL_AT.fetch_update(Relaxed, Relaxed, |at| Some(after(at, now, spent)));
+        Some(r > 0)
+    }
+
+    /// What was ready was of no use: as if a round had been waited.
+    pub(super) fn tire(&mut self) {
+        self.0 = self.0.saturating_sub(ROUND);
+    }
 }
 
 #[cfg(test)]
