@@ -356,9 +356,10 @@ impl Waiting<'_> {
                 if n < 0 {
                     return n;
                 }
-                // What has woken it may have been a doorbell in an inner set, with nothing for the program.
+                // What has woken it may have been a doorbell in an inner set, with nothing for the program, and another
+                // may ring while the first is emptied.
                 show_inner(self.e);
-                k = Some(self.ask_kernel(0));
+                k = Some(if has_something(self.e, self.epfd) { self.ask_kernel(0) } else { 0 });
                 continue;
             }
             let n = asleep(self.e, true, &|| self.call.rest(self.epfd, p, max, left));
