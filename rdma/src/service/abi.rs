@@ -12,10 +12,10 @@ use smc::remote::{self, Conn, Host};
 use smc::sys;
 use smc::wire::smcr::Eid;
 
-use super::Service;
 use super::conn::Note;
 use super::greeting::Common;
 use super::page::Page;
+use super::{Service, tcp};
 
 /// The thread's stack.
 const STACK: usize = 512 << 10;
@@ -147,6 +147,10 @@ pub(super) fn tell(fd: i32, cookie: u64, note: Note) {
     match note {
         Note::Says(what, value) => (h.says)(fd, cookie, what, value),
         Note::Attend => (h.attend)(fd, cookie),
+        Note::Reset(tcp) => {
+            tcp::reset(tcp);
+            close(tcp);
+        }
     }
 }
 

@@ -47,6 +47,8 @@ pub enum Note {
     Says(u32, u32),
     /// `Host::attend`.
     Attend,
+    /// TCP is reset, and this descriptor of the service's closed.
+    Reset(i32),
 }
 
 #[allow(clippy::large_enum_variant)]
@@ -535,10 +537,11 @@ impl Conn {
             Phase::Tcp(_) | Phase::Reset(_) | Phase::Over => {}
         }
         self.phase = Phase::Reset(ends);
-        if self.tcp >= 0 {
-            tcp::reset(self.tcp);
-        }
         self.notes.push(Note::Says(says::RESET, libc::ECONNRESET as u32));
+        // After that: who is woken by TCP finds the error, not the end of a stream that the kernel makes of it.
+        if self.tcp >= 0 {
+            self.notes.push(Note::Reset(std::mem::replace(&mut self.tcp, -1)));
+        }
     }
 
     /// The program leaves the ring, behind the last byte that has come.
