@@ -42,7 +42,6 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(handler_on_its_own_stack),
     s!(mask_of_a_handler),
     s!(mask_with_its_own_signal),
-    s!(deferred_inside_each_other),
     s!(cancel_in_poll),
     s!(cancel_in_send),
 ];
@@ -932,24 +931,6 @@ fn mask_with_its_own_signal(w: &World) {
     }
     storm.end();
     log!("{} inside itself", WRONG.load(SeqCst));
-    none_is_blocked();
-    compare(w, &c, m);
-}
-
-/// A signal that comes while another is being deferred leaves none blocked.
-fn deferred_inside_each_other(w: &World) {
-    let c = w.pair();
-    FD.store(c.fd, SeqCst);
-    for sig in [SIGUSR1, SIGUSR2, libc::SIGALRM] {
-        sys::on_signal(sig, write_h, SA_RESTART);
-    }
-    w.start_far(&c, "tally");
-    let storms = [SIGUSR1, SIGUSR2, libc::SIGALRM].map(|sig| Storm::begin(sig, 20));
-    let mut m = 0;
-    while COUNT.load(SeqCst) < 3_000 && !(1..64).any(is_blocked) {
-        m += put_raw(c.fd, &MS) as u64;
-    }
-    storms.into_iter().for_each(Storm::end);
     none_is_blocked();
     compare(w, &c, m);
 }

@@ -638,9 +638,8 @@ unsafe extern "C" fn handler(sig: c_int, info: *mut siginfo_t, context: *mut c_v
     }
 }
 
-/// The signal waits for the end of the section. Until all are blocked another handler may come in between, as long as
-/// its signal is not blocked: it puts down the mask that it finds, which is that of this one, and this one then puts
-/// down the thread's over it. None may come after, whose mask would stay.
+/// The signal waits for the end of the section. Another handler may come in between, as long as its signal is not
+/// blocked: what it puts down is what this one puts down again, for the outermost ends last.
 ///
 /// # Safety
 /// The arguments of a handler.
@@ -658,7 +657,6 @@ unsafe fn postpone(sig: c_int, info: *mut siginfo_t, context: *mut c_void) {
         // SAFETY: as above.
         unsafe { queue(sig, info) };
     }
-    set_mask(libc::SIG_BLOCK, deferrable());
     // SAFETY: the kernel's context.
     let mask = unsafe { mask_of(context) };
     // SAFETY: as above.
