@@ -13,7 +13,7 @@ mod verified_client;
 #[allow(clippy::duplicate_mod, reason = "both examples contain the stream, and this test both examples")]
 mod verified_server;
 
-use harness::{Lib, Random, Run, Running, ensure};
+use harness::{Lib, Random, Run, Running, descriptors, ensure};
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::{
     env, fs,
@@ -44,17 +44,6 @@ fn server(run: &Run, name: &str, eager: bool) -> Result<(Running, String), Faile
 
 fn lines(s: &Running, start: &str) -> usize {
     s.stdout().lines().filter(|l| l.starts_with(start)).count()
-}
-
-/// What the process has open, by kind: numbers of sockets and inodes say nothing.
-fn descriptors(s: &Running) -> Vec<String> {
-    let fds = fs::read_dir(format!("/proc/{}/fd", s.pid())).into_iter().flatten().flatten();
-    let mut kinds: Vec<_> = fds
-        .filter_map(|f| fs::read_link(f.path()).ok())
-        .map(|l| l.to_string_lossy().split(":[").next().unwrap_or("").to_string())
-        .collect();
-    kinds.sort();
-    kinds
 }
 
 /// Names in /dev/shm that are ours by their name.
@@ -94,7 +83,7 @@ fn client_killed() -> Result<(), Failed> {
     run.output_as("first", this(&["--verified-client", &port, "3", "300"]))?.ok()?;
     s.until("the end of the first connections", |s| lines(s, "closed") == 3)?;
     thread::sleep(Duration::from_millis(300));
-    let fds = descriptors(&s);
+    let fds = descriptors(s.pid());
     let mut open = 0;
     for round in 0..ROUNDS / 2 {
         let mut c = client(&run, &port, "3", round)?;
@@ -114,8 +103,8 @@ fn client_killed() -> Result<(), Failed> {
         open = lines(&s, "open");
     }
     // Sockets may need a moment after the last word.
-    s.until("as few descriptors as at the start", |s| descriptors(s).len() <= fds.len())
-        .map_err(|_| format!("descriptors at first: {fds:?}\nand now: {:?}", descriptors(&s)))?;
+    s.until("as few descriptors as at the start", |s| descriptors(s.pid()).len() <= fds.len())
+        .map_err(|_| format!("descriptors at first: {fds:?}\nand now: {:?}", descriptors(s.pid())))?;
     ensure(open > 0, || "no connection carried data".into())?;
     // The server still serves, and its statistics tell what was upgraded.
     let c = run.output_as("last", this(&["--verified-client", &port, "2", "500"]))?;

@@ -18,7 +18,7 @@ mod node;
 mod services;
 
 use faults::Faults;
-use harness::{Lib, Random, Run, Running, ensure};
+use harness::{Lib, Random, Run, Running, descriptors, ensure};
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -86,17 +86,6 @@ fn members(group: i32) -> Vec<i32> {
 fn signal(pid: i32, sig: i32) {
     // SAFETY: no pointers; a process of this test's.
     unsafe { libc::kill(pid, sig) };
-}
-
-/// What the process has open, by kind: numbers of sockets and inodes say nothing.
-fn descriptors(pid: i32) -> Vec<String> {
-    let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-    let mut kinds: Vec<_> = fds
-        .filter_map(|f| fs::read_link(f.path()).ok())
-        .map(|l| l.to_string_lossy().split(":[").next().unwrap_or("").to_string())
-        .collect();
-    kinds.sort();
-    kinds
 }
 
 /// Mappings, and KiB in memory.
