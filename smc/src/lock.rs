@@ -82,6 +82,8 @@ fn lock_slow(word: &AtomicU32, me: u32) {
         }
         std::hint::spin_loop();
     }
+    // The time-out only serves to find a dead owner; a live one always wakes us. Sections are short, so the first is.
+    let mut patience = 1_000_000;
     loop {
         let w = word.load(Relaxed);
         if w & !WAITERS == 0 {
@@ -94,12 +96,13 @@ fn lock_slow(word: &AtomicU32, me: u32) {
         if w & WAITERS == 0 && word.compare_exchange(w, w | WAITERS, Relaxed, Relaxed).is_err() {
             continue;
         }
-        // The time-out only serves to find a dead owner; a live one always wakes us.
-        if sys::futex_wait(word, w | WAITERS, Some(50_000_000)) == -(libc::ETIMEDOUT as isize)
-            && !sys::thread_alive(w & !WAITERS)
-            && word.compare_exchange(w | WAITERS, me | WAITERS, Acquire, Relaxed).is_ok()
-        {
-            return;
+        if sys::futex_wait(word, w | WAITERS, Some(patience)) == -(libc::ETIMEDOUT as isize) {
+            if !sys::thread_alive(w & !WAITERS)
+                && word.compare_exchange(w | WAITERS, me | WAITERS, Acquire, Relaxed).is_ok()
+            {
+                return;
+            }
+            patience = (patience * 2).min(50_000_000);
         }
     }
 }

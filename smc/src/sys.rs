@@ -52,19 +52,25 @@ pub fn own_pid() -> u32 {
     }
 }
 
-/// Whether a thread of that id exists (it may have been reused: then the caller only waits longer).
+/// Whether a thread of that id is there (it may have been reused: then the caller only waits longer). The first thread
+/// of a process that was killed is not, though its parent, maybe the caller, has not waited for it.
 pub fn thread_alive(tid: u32) -> bool {
     // SAFETY: signal 0 only asks.
-    unsafe { syscall6(libc::SYS_tkill, tid as usize, 0, 0, 0, 0, 0) != -(libc::ESRCH as isize) }
+    let r = unsafe { syscall6(libc::SYS_tkill, tid as usize, 0, 0, 0, 0, 0) };
+    r != -(libc::ESRCH as isize) && !has_ended(tid)
 }
 
 /// Whether no process of that id is left but, at most, what its parent has not waited for: its files are
 /// closed.
 pub fn process_gone(pid: u32) -> bool {
     // SAFETY: signal 0 only asks.
-    if unsafe { syscall6(libc::SYS_kill, pid as usize, 0, 0, 0, 0, 0) } == -(libc::ESRCH as isize) {
-        return true;
-    }
+    let r = unsafe { syscall6(libc::SYS_kill, pid as usize, 0, 0, 0, 0, 0) };
+    r == -(libc::ESRCH as isize) || has_ended(pid)
+}
+
+/// Whether all threads of the process have ended, though its parent has not waited for it. False: it has not, or the
+/// id is none of a process.
+fn has_ended(pid: u32) -> bool {
     // SAFETY: no pointers.
     let fd = unsafe { syscall6(libc::SYS_pidfd_open, pid as usize, 0, 0, 0, 0, 0) };
     if fd < 0 {
