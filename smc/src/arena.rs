@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicI32, AtomicPtr};
 /// First word of the arena: "SMCARENA".
 pub const MAGIC: u64 = u64::from_be_bytes(*b"SMCARENA");
 /// Layout version; `smc ss` refuses another.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Bytes before the first slot.
 pub const HEADER_SIZE: usize = 4096;
 /// Bytes a slot takes.
@@ -175,11 +175,9 @@ pub struct RxState {
 pub struct WaitState {
     /// Robust lock word.
     pub lock: AtomicU32,
-    /// Threads that sleep on the doorbell, in all processes that share it.
-    pub asleep: AtomicU32,
     /// 1: the doorbell showed end of file: the peer is gone or has let go.
     pub peer_gone: AtomicU32,
-    /// Of those asleep, the ones in a blocking send.
+    /// Threads that sleep on the doorbell in a blocking send.
     pub writers: AtomicU32,
     /// Waits that ended by polling.
     pub polled: AtomicU64,
@@ -260,7 +258,7 @@ pub struct Slot {
 }
 
 /// Holders of a socket that can have a name of their own.
-pub const SEATS: usize = 11;
+pub const SEATS: usize = 8;
 
 /// See [`crate::conn`], `holders.rs`.
 #[derive(Debug)]
@@ -268,18 +266,20 @@ pub const SEATS: usize = 11;
 pub struct Seats {
     /// Token and pid of a holder; 0: free.
     pub who: [AtomicU64; SEATS],
-    /// Its calls in the kernel; the last are those of all holders without a seat.
+    /// Its threads in the kernel; the last are those of all holders without a seat.
     pub inside: [Inside; SEATS + 1],
 }
 
-/// A process's calls that are in the kernel in mode TCP.
+/// A process's threads that are in the kernel for a connection. Whoever finds it dead clears them.
 #[derive(Debug)]
 #[repr(C)]
 pub struct Inside {
-    /// Receivers, and pollers that sleep on the TCP fd alone.
+    /// In mode TCP, receivers, and pollers that sleep on the TCP fd alone.
     pub rx: AtomicU32,
-    /// Senders.
+    /// In mode TCP, senders.
     pub tx: AtomicU32,
+    /// Asleep on the doorbell.
+    pub asleep: AtomicU32,
 }
 
 /// First page of the arena.
@@ -575,7 +575,6 @@ impl Slot {
             &self.rx.stopped,
             &self.rx.suspect,
             &self.wait.lock,
-            &self.wait.asleep,
             &self.wait.peer_gone,
             &self.wait.writers,
             &self.rx.deaf,
@@ -614,6 +613,7 @@ impl Slot {
         for n in &self.seats.inside {
             n.rx.store(0, Relaxed);
             n.tx.store(0, Relaxed);
+            n.asleep.store(0, Relaxed);
         }
         self.rcvlowat.store(1, Relaxed);
         self.rx.tcp_lowat.store(1, Relaxed);

@@ -73,7 +73,7 @@ impl Socket {
         if self.phase.load(Relaxed) != phase::MAPPED {
             return;
         }
-        let reads = matches!(how, libc::SHUT_RD | libc::SHUT_RDWR) && s.wait.asleep.load(Relaxed) != 0;
+        let reads = matches!(how, libc::SHUT_RD | libc::SHUT_RDWR) && s.is_slept_on();
         let writes = how == libc::SHUT_WR && s.wait.writers.load(Relaxed) != 0;
         if writes {
             // The doorbell is about to fall silent for the other direction as well.
@@ -250,7 +250,7 @@ impl Socket {
     /// caller lets go of it. Waits for nobody, so a connection that a thread sleeps in stays as it is.
     pub fn give_back(&self, fd: i32) -> bool {
         let Some(s) = self.slot() else { return false };
-        if s.holders.load(Acquire) != 1 || s.wait.asleep.load(Acquire) != 0 {
+        if s.holders.load(Acquire) != 1 || s.is_slept_on() {
             return false;
         }
         if self.phase.load(Relaxed) == phase::HANDSHAKE {

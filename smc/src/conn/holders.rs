@@ -42,8 +42,7 @@ impl Slot {
         let free = |i: &usize| {
             let n = &self.seats.inside[*i];
             // Calls of the last holder that are still in the kernel count until they return.
-            n.rx.load(Relaxed) == 0
-                && n.tx.load(Relaxed) == 0
+            [&n.rx, &n.tx, &n.asleep].iter().all(|n| n.load(Relaxed) == 0)
                 && self.seats.who[*i].compare_exchange(0, word(token, pid), AcqRel, Relaxed).is_ok()
         };
         (0..SEATS).find(free).unwrap_or(SEATS)
@@ -83,7 +82,7 @@ impl Slot {
 
     /// Counts the dead off.
     #[cold]
-    fn bury(&self) {
+    pub(super) fn bury(&self) {
         if !arena::at_home() {
             return;
         }
@@ -98,6 +97,7 @@ impl Slot {
             if seat.compare_exchange(w, BURIED, AcqRel, Relaxed).is_ok() {
                 self.seats.inside[i].rx.store(0, Relaxed);
                 self.seats.inside[i].tx.store(0, Relaxed);
+                self.seats.inside[i].asleep.store(0, Relaxed);
                 seat.store(0, Release);
                 // ORDERING [holders] AcqRel; pairs with the Acquire of who finds itself alone. Carries: the
                 // counters above.
@@ -106,9 +106,14 @@ impl Slot {
         }
     }
 
-    /// Calls of all holders that are in the kernel for a direction.
+    /// Whether threads of any holder are in the kernel for what `of` says.
     pub(super) fn all_inside(&self, of: impl Fn(&Inside) -> u32) -> bool {
         self.seats.inside.iter().any(|n| of(n) != 0)
+    }
+
+    /// Whether any thread, of any holder, sleeps on the doorbell.
+    pub(super) fn is_slept_on(&self) -> bool {
+        self.all_inside(|n| n.asleep.load(Acquire))
     }
 }
 
@@ -290,10 +295,11 @@ mod tests {
         let mut dead = zombie();
         let (s, me) = held_with(&[dead.id(), dead.id()]);
         s.seats.inside[1].rx.store(1, Relaxed);
+        s.seats.inside[2].asleep.store(1, Relaxed);
         assert_eq!(s.holders.load(Relaxed), 3);
         std::thread::scope(|t| (0..4).for_each(|_| _ = t.spawn(|| s.bury())));
         assert_eq!(s.holders.load(Relaxed), 1);
-        assert!(!s.all_inside(|n| n.rx.load(Relaxed)), "its calls as well");
+        assert!(!s.all_inside(|n| n.rx.load(Relaxed)) && !s.is_slept_on(), "its calls as well");
         assert!(me.bury_dead(s));
         assert_eq!(me.let_go(s), 1);
         dead.wait().expect("a child of ours");

@@ -425,7 +425,7 @@ impl Socket {
             self.count_upgrade(s);
             self.set_changed();
             // Threads that sleep on the doorbell since READY expect to be rung.
-            if s.wait.asleep.load(Relaxed) != 0
+            if s.is_slept_on()
                 && let Some(m) = self.mapped()
             {
                 doorbell::arm(m.me, ctl::RX_ARMED);

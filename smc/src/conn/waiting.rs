@@ -385,16 +385,19 @@ impl Socket {
 
     /// Counts this thread as asleep, with an empty doorbell. False: the peer is gone.
     fn enter_asleep(&self, fd: i32, s: &Slot, m: &Mapped<'_>) -> bool {
+        /// Between looks for the dead, and until nameless ones count no more.
+        const LOOK: u32 = 256;
+        const ENOUGH: u32 = 20_000;
         let mut turns = 0u32;
         let mut drains = 0u32;
         loop {
             let g = lock::lock(&s.wait.lock);
             let mut b = [0u8; 64];
-            let others = s.wait.asleep.load(Relaxed) != 0;
+            let others = s.is_slept_on();
             let flags = libc::MSG_DONTWAIT | if others { libc::MSG_PEEK } else { 0 };
             match sys::recv_small(m.bell, &mut b, flags) {
                 EAGAIN => {
-                    s.wait.asleep.fetch_add(1, Relaxed);
+                    self.inside(s).asleep.fetch_add(1, Relaxed);
                     drop(g);
                     if drains > 0 {
                         self.tell_drained(fd);
@@ -409,12 +412,15 @@ impl Socket {
                     return false;
                 }
                 n if n > 0 => {
-                    // Woken threads have still to see the byte. One that never will was killed: its count
-                    // is taken back after a while, at worst a spurious wake-up for the rest.
+                    // Woken threads have still to see the byte. One that never will was killed: it is counted off, and
+                    // where nobody knows its name all are after a while, at worst a spurious wake-up for the rest.
                     drop(g);
                     turns += 1;
-                    if turns > 20_000 {
-                        s.wait.asleep.store(0, Relaxed);
+                    if turns.is_multiple_of(LOOK) {
+                        s.bury();
+                    }
+                    if turns > ENOUGH {
+                        s.seats.inside.iter().for_each(|n| n.asleep.store(0, Relaxed));
                     }
                     sys::yield_cpu();
                 }
@@ -435,13 +441,16 @@ impl Socket {
         if bits == ctl::TX_ARMED {
             let _ = s.wait.writers.fetch_update(Relaxed, Relaxed, |n| n.checked_sub(1));
         }
-        let rise = || s.wait.asleep.fetch_update(Relaxed, Relaxed, |n| Some(n.saturating_sub(1)));
+        let rise = || _ = self.inside(s).asleep.fetch_update(Relaxed, Relaxed, |n| n.checked_sub(1));
         // Rung, or armed by nobody.
         if m.me.ctl.ctl.load(Relaxed) & bits == 0 {
-            let _ = rise();
-            return;
+            return rise();
         }
-        self.disarm_alone(s, m, bits, || rise().unwrap_or(1) <= 1 && !self.is_watched());
+        let alone = || {
+            rise();
+            !s.is_slept_on() && !self.is_watched()
+        };
+        self.disarm_alone(s, m, bits, alone);
     }
 
     /// Takes `bits` back if nobody else relies on them, which `alone` says.
@@ -574,7 +583,7 @@ impl Socket {
         let mut gone = false;
         {
             let _g = lock::lock(&s.wait.lock);
-            if s.wait.asleep.load(Relaxed) == 0 {
+            if !s.is_slept_on() {
                 let mut b = [0u8; 64];
                 let r = sys::recv_small(m.bell, &mut b, libc::MSG_DONTWAIT);
                 // Also behind rings, with which a set has told of it: an edge that does not come again.
@@ -613,7 +622,7 @@ impl Socket {
         if let (Some(m), Some(s)) = (self.mapped(), self.slot())
             && m.me.ctl.ctl.load(Relaxed) & ALL != 0
         {
-            self.disarm_alone(s, &m, ALL, || s.wait.asleep.load(Relaxed) == 0 && alone());
+            self.disarm_alone(s, &m, ALL, || !s.is_slept_on() && alone());
         }
     }
 
