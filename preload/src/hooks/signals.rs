@@ -638,8 +638,9 @@ unsafe extern "C" fn handler(sig: c_int, info: *mut siginfo_t, context: *mut c_v
     }
 }
 
-/// The signal waits for the end of the section. Another handler may come in between, as long as its signal is not
-/// blocked: what it puts down is what this one puts down again, for the outermost ends last.
+/// The signal waits for the end of the section. Another may come at any point of this, and of the way here and back: its
+/// context has the mask of this handler, which is that of the thread and more. So the mask to come back to is what is
+/// common to all contexts, from the first that finds nothing deferred. (Of two that find that, the outer one says last.)
 ///
 /// # Safety
 /// The arguments of a handler.
@@ -660,10 +661,14 @@ unsafe fn postpone(sig: c_int, info: *mut siginfo_t, context: *mut c_void) {
     // SAFETY: the kernel's context.
     let mask = unsafe { mask_of(context) };
     // SAFETY: as above.
-    BEFORE.set(unsafe { mask.read_unaligned() });
-    // SAFETY: as above; the mask that the thread gets when this returns.
-    unsafe { mask.write_unaligned(BEFORE.get() | deferrable()) };
+    let own = unsafe { mask.read_unaligned() };
+    let common = if section::is_deferred() { BEFORE.get() & own } else { own };
+    // In this order: who comes in between adds to what was there before, and that is written over.
     section::defer();
+    std::sync::atomic::compiler_fence(SeqCst);
+    BEFORE.set(common);
+    // SAFETY: as above; the mask that is there when this returns.
+    unsafe { mask.write_unaligned(own | deferrable()) };
 }
 
 /// The program's handler.
