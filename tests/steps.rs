@@ -13,6 +13,10 @@
 //! A first child makes the whole call, step by step, which tells the instructions. Then each of them is the last that a
 //! child comes to, once where the call comes to it first and once where it does last; but not each turn of a loop.
 //! `zombie`: the parent does not wait for its dead child before it goes on.
+//!
+//! And at the same places a signal comes instead of death, whose handler sends a message by the same connection, or two
+//! signals, the second some instructions after the first: all messages arrive, once, the call does what it was to do,
+//! and the thread has the mask that it had.
 
 #[path = "harness/mod.rs"]
 mod harness;
@@ -26,7 +30,7 @@ use std::{
     net::{TcpListener, TcpStream},
     os::fd::{AsRawFd as _, RawFd},
     process::{Command, ExitCode},
-    sync::atomic::{AtomicU32, Ordering::SeqCst},
+    sync::atomic::{AtomicI32, AtomicI64, AtomicPtr, AtomicU32, AtomicU64, Ordering::SeqCst},
     time::Duration,
 };
 
@@ -42,6 +46,14 @@ const CHILD: u64 = 2 << 56;
 const ASK: u64 = 3 << 56;
 const POUR: u64 = 4 << 56;
 const ANSWER: u64 = 5 << 56;
+/// Of the two handlers.
+const FIRST: u64 = 6 << 56;
+const SECOND: u64 = 7 << 56;
+
+/// What the peer has had of a child: a bit each of the answer.
+fn bit(who: u64) -> u64 {
+    1 << (who >> 56) << 40
+}
 
 /// The calls during which the child dies.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -102,44 +114,63 @@ fn poured(at: usize, buf: &mut [u8]) {
 
 // ---- the peer
 
-/// Answers each message of the parent's, and wants between two of them one of a child's at most.
+/// Answers each message of the parent's, and tells what it has had of a child since the one before.
 fn peer() -> io::Result<()> {
     let l = TcpListener::bind("127.0.0.1:0")?;
     println!("port {}", l.local_addr()?.port());
     let (s, _) = l.accept()?;
-    let mut from_child = None;
-    let mut whole_ones = 0u64;
+    let (mut seen, mut of) = (0, 0);
     loop {
         let m = match next(&s) {
-            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => break,
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
             m => m?,
         };
         let (who, n) = (m >> 56 << 56, m << 8 >> 8);
         match who {
-            CHILD if from_child.is_none() => from_child = Some(n),
-            OWN if from_child.is_none_or(|c| c == n) => {
-                whole_ones += u64::from(from_child.take().is_some());
-                tell(&s, ANSWER | n)?;
+            CHILD | FIRST | SECOND if seen & bit(who) == 0 && (seen == 0 || of == n) => {
+                seen |= bit(who);
+                of = n;
             }
+            OWN if seen == 0 || of == n => tell(&s, ANSWER | std::mem::take(&mut seen) | n)?,
             ASK => tell(&s, ANSWER | n)?,
             POUR => {
                 let mut b = vec![0; FLOOD];
                 poured(0, &mut b);
                 (&s).write_all(&b)?;
             }
-            _ => return Err(io::Error::other(format!("message {m:x} after {from_child:?}"))),
+            _ => return Err(io::Error::other(format!("message {m:x} after {seen:x} of {of}"))),
         }
     }
-    println!("over, {whole_ones} of children");
-    Ok(())
 }
 
 // ---- the parent and its children
 
 /// What parent and child see of each other beside the connection.
+#[derive(Debug)]
 struct Shared {
     /// 1: the call begins with the next step. 2: it is over.
     stage: AtomicU32,
+    /// The child's socket, and its number of the round.
+    fd: AtomicI32,
+    n: AtomicU64,
+    /// What the call and the two handlers' sends have returned, and plus 1, so that 0 means that they have not.
+    called: AtomicI64,
+    handled: [AtomicI64; 2],
+    /// The mask after all, plus 1.
+    mask: AtomicU64,
+}
+
+/// For handlers.
+static SHARED: AtomicPtr<Shared> = AtomicPtr::new(std::ptr::null_mut());
+
+extern "C" fn on_signal(sig: i32) {
+    // SAFETY: `shared` has set it, before the child was forked.
+    let shared = unsafe { &*SHARED.load(SeqCst) };
+    let (i, who) = if sig == libc::SIGUSR1 { (0, FIRST) } else { (1, SECOND) };
+    let m = message(who | shared.n.load(SeqCst));
+    // SAFETY: a buffer that lives over the call.
+    let r = unsafe { libc::send(shared.fd.load(SeqCst), m.as_ptr().cast(), LEN, libc::MSG_NOSIGNAL) };
+    shared.handled[i].fetch_add(r as i64 + 2, SeqCst);
 }
 
 fn shared() -> &'static Shared {
@@ -148,25 +179,54 @@ fn shared() -> &'static Shared {
     unsafe {
         let p = libc::mmap(std::ptr::null_mut(), 4096, prot, flags, -1, 0);
         assert_ne!(p, libc::MAP_FAILED, "mmap");
+        SHARED.store(p.cast(), SeqCst);
         &*p.cast::<Shared>()
     }
 }
 
-fn call(act: Act, fd: RawFd, n: u64, buf: &mut [u8]) {
+/// The call's result.
+fn call(act: Act, fd: RawFd, n: u64, buf: &mut [u8]) -> i64 {
     let m = message(CHILD | n);
+    let mut p = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     // SAFETY: buffers that live over the calls.
     unsafe {
         match act {
-            Act::Send => _ = libc::send(fd, m.as_ptr().cast(), LEN, 0),
-            Act::Receive | Act::Wait => _ = libc::recv(fd, buf.as_mut_ptr().cast(), LEN, 0),
-            Act::Drain => _ = libc::recv(fd, buf.as_mut_ptr().cast(), GULP, 0),
-            Act::Poll => {
-                let mut p = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-                _ = libc::poll(&raw mut p, 1, 0);
-            }
-            Act::Close => _ = libc::close(fd),
+            Act::Send => libc::send(fd, m.as_ptr().cast(), LEN, 0) as i64,
+            Act::Receive | Act::Wait => libc::recv(fd, buf.as_mut_ptr().cast(), LEN, 0) as i64,
+            Act::Drain => libc::recv(fd, buf.as_mut_ptr().cast(), GULP, 0) as i64,
+            Act::Poll => libc::poll(&raw mut p, 1, 0).into(),
+            Act::Close => libc::close(fd).into(),
         }
     }
+}
+
+/// What it is if nothing goes wrong.
+fn wanted(act: Act) -> i64 {
+    match act {
+        Act::Send | Act::Receive | Act::Wait => LEN as i64,
+        Act::Drain => GULP as i64,
+        Act::Poll | Act::Close => 0,
+    }
+}
+
+fn handle_signals() {
+    for sig in [libc::SIGUSR1, libc::SIGUSR2] {
+        // SAFETY: plain data, and a handler that is what it is said to be.
+        unsafe {
+            let mut act: libc::sigaction = std::mem::zeroed();
+            act.sa_sigaction = on_signal as extern "C" fn(i32) as usize;
+            act.sa_flags = libc::SA_RESTART;
+            libc::sigaction(sig, &raw const act, std::ptr::null_mut());
+        }
+    }
+}
+
+/// The thread's blocked signals, as the kernel has them.
+fn mask() -> u64 {
+    let mut set = 0u64;
+    // SAFETY: a mask of 8 bytes to be written.
+    unsafe { libc::syscall(libc::SYS_rt_sigprocmask, 0, 0, &raw mut set, 8) };
+    set
 }
 
 /// A child of ours that is traced.
@@ -176,6 +236,11 @@ impl Traced {
     /// One that stands before the call.
     fn fork(act: Act, fd: RawFd, n: u64, shared: &Shared, buf: &mut [u8]) -> Self {
         shared.stage.store(0, SeqCst);
+        shared.fd.store(fd, SeqCst);
+        shared.n.store(n, SeqCst);
+        shared.called.store(0, SeqCst);
+        shared.handled.iter().for_each(|h| h.store(0, SeqCst));
+        shared.mask.store(0, SeqCst);
         // SAFETY: one thread, so the child may do what it likes.
         let pid = unsafe { libc::fork() };
         if pid == 0 {
@@ -183,7 +248,9 @@ impl Traced {
             // SAFETY: no pointers.
             unsafe { libc::raise(libc::SIGSTOP) };
             shared.stage.store(1, SeqCst);
-            call(act, fd, n, buf);
+            let r = call(act, fd, n, buf);
+            shared.called.store(r + 2, SeqCst);
+            shared.mask.store(mask() + 1, SeqCst);
             shared.stage.store(2, SeqCst);
             loop {
                 // SAFETY: no pointers.
@@ -201,18 +268,39 @@ impl Traced {
         unsafe { libc::ptrace(request, self.0, at, value) }
     }
 
-    /// Whether the child stands still; false: it sleeps in the kernel, or has ended.
-    fn stands(&self) -> bool {
+    /// The signal with which the child stands still; 0: it sleeps in the kernel, or has ended.
+    fn stop(&self) -> i32 {
         let mut status = 0;
         for turn in 0u32.. {
             // SAFETY: an int.
             match unsafe { libc::waitpid(self.0, &raw mut status, libc::WNOHANG) } {
-                0 if turn > 64 && state(self.0) == b'S' => return false,
+                0 if turn > 64 && state(self.0) == b'S' => return 0,
                 0 => std::thread::yield_now(),
-                _ => return libc::WIFSTOPPED(status),
+                _ => return if libc::WIFSTOPPED(status) { libc::WSTOPSIG(status) } else { 0 },
             }
         }
-        false
+        0
+    }
+
+    fn stands(&self) -> bool {
+        self.stop() != 0
+    }
+
+    /// Goes on with that signal, and with all that come, for so many instructions, or until it sleeps.
+    fn goes_on(&self, mut signal: i32, mut steps: u32) {
+        loop {
+            let how = if steps == 0 { libc::PTRACE_CONT } else { libc::PTRACE_SINGLESTEP };
+            self.ask(how, 0, signal as usize);
+            signal = match self.stop() {
+                0 => return,
+                libc::SIGTRAP => 0,
+                s => s,
+            };
+            if steps == 1 && signal == 0 {
+                return;
+            }
+            steps = steps.saturating_sub(u32::from(steps > 1));
+        }
     }
 
     fn registers(&self) -> libc::user_regs_struct {
@@ -245,7 +333,7 @@ impl Traced {
             // The child's own copy of the page: nobody else's code changes.
             self.ask(libc::PTRACE_POKETEXT, at, word & !0xff | INT3);
             self.ask(libc::PTRACE_CONT, 0, 0);
-            if !self.stands() {
+            if self.stop() != libc::SIGTRAP {
                 return false;
             }
             let mut r = self.registers();
@@ -302,7 +390,7 @@ fn expect(what: &str, got: u64, want: u64) -> io::Result<()> {
     if got == want { Ok(()) } else { Err(io::Error::other(format!("{what}: {got:x}, not {want:x}"))) }
 }
 
-/// Where a child is killed: before the instruction, for the `n`th time that the call comes to it.
+/// Where something befalls a child: before the instruction, for the `n`th time that the call comes to it.
 #[derive(Clone, Copy)]
 struct Place {
     at: u64,
@@ -336,9 +424,27 @@ struct Parent<'a> {
     s: TcpStream,
     peer: i32,
     shared: &'a Shared,
-    zombie: bool,
+    deed: Deed,
     n: u64,
 }
+
+/// What befalls a child.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Deed {
+    /// SIGKILL, and its parent waits for it at once, or later.
+    Killed,
+    Zombie,
+    /// A signal, or two.
+    Signal,
+    Signals,
+}
+
+const DEEDS: [(&str, Deed); 4] = [
+    ("killed", Deed::Killed),
+    ("zombie", Deed::Zombie),
+    ("signal", Deed::Signal),
+    ("signals", Deed::Signals),
+];
 
 impl Parent<'_> {
     /// What is there before the call.
@@ -392,22 +498,93 @@ impl Parent<'_> {
             _ => {}
         }
         tell(&self.s, OWN | n)?;
-        expect("the answer", next(&self.s)?, ANSWER | n)
+        let seen = next(&self.s)? ^ (ANSWER | n);
+        if seen == 0 || seen == bit(CHILD) && self.act == Act::Send && !self.signals() {
+            return if over && seen == 0 && self.act == Act::Send {
+                self.not("the child's message", 0)
+            } else {
+                Ok(())
+            };
+        }
+        if self.signals() { self.check_handlers(seen) } else { self.not("of the child", seen) }
+    }
+
+    fn signals(&self) -> bool {
+        matches!(self.deed, Deed::Signal | Deed::Signals)
+    }
+
+    fn not(&self, what: &str, seen: u64) -> io::Result<()> {
+        Err(io::Error::other(format!("{what}: the peer has seen {seen:x}, and here it is {:?}", self.shared)))
+    }
+
+    /// A child to which signals came has sent all that it says it has.
+    fn check_handlers(&self, seen: u64) -> io::Result<()> {
+        let whole = |r: &AtomicI64| r.load(SeqCst) == LEN as i64 + 2;
+        let sent = |who, r| if whole(r) { bit(who) } else { 0 };
+        let handlers = &self.shared.handled;
+        let call = if self.act == Act::Send { sent(CHILD, &self.shared.called) } else { 0 };
+        match call | sent(FIRST, &handlers[0]) | sent(SECOND, &handlers[1]) == seen {
+            true => Ok(()),
+            false => self.not("of the child", seen),
+        }
+    }
+
+    /// After the call all is as it was, and both handlers have run, once.
+    fn check_child(&self) -> io::Result<()> {
+        let handlers = &self.shared.handled[..if self.deed == Deed::Signals { 2 } else { 1 }];
+        // Of a socket that is closed nothing can be sent.
+        let whole = |r: &AtomicI64| {
+            let r = r.load(SeqCst);
+            r == LEN as i64 + 2 || r == 1 && self.act == Act::Close
+        };
+        let right = self.shared.called.load(SeqCst) == wanted(self.act) + 2
+            && handlers.iter().all(whole)
+            && self.shared.mask.load(SeqCst) == 1;
+        if right { Ok(()) } else { self.not("the child", 0) }
+    }
+
+    /// The call at `place` is interrupted, and goes on to its end.
+    fn interrupt(&self, child: &Traced, place: Place) -> io::Result<bool> {
+        if !child.reaches(place.at, place.n) {
+            return Ok(false);
+        }
+        if self.deed == Deed::Signals {
+            // Anything, but the same at the next run.
+            let steps = 1 + (place.at.wrapping_mul(2_654_435_761) >> 7) as u32 % 256;
+            child.goes_on(libc::SIGUSR1, steps);
+            // Not by ptrace: where a step has led into a handler the kernel takes none from there.
+            // SAFETY: no pointers; a child of ours that was not waited for.
+            unsafe { libc::kill(child.0, libc::SIGUSR2) };
+            child.goes_on(0, 0);
+        } else {
+            child.goes_on(libc::SIGUSR1, 0);
+        }
+        if self.act == Act::Wait {
+            // What it waits for.
+            tell(&self.s, ASK | self.n)?;
+            while self.shared.stage.load(SeqCst) != 2 {
+                child.goes_on(0, 0);
+                std::thread::yield_now();
+            }
+        }
+        self.check_child()?;
+        Ok(true)
     }
 
     /// A child, and what `with` it does; whether its call was over.
-    fn round<T>(&mut self, with: impl FnOnce(&Traced) -> T) -> io::Result<(T, bool)> {
+    fn round<T>(&mut self, with: impl FnOnce(&Self, &Traced) -> T) -> io::Result<(T, bool)> {
         self.prepare()?;
         let mut buf = vec![0; GULP];
         let child = Traced::fork(self.act, self.s.as_raw_fd(), self.n, self.shared, &mut buf);
-        let r = with(&child);
+        let r = with(self, &child);
         let over = self.shared.stage.load(SeqCst) == 2;
         child.kill();
-        if !self.zombie {
+        let zombie = self.deed == Deed::Zombie;
+        if !zombie {
             child.wait();
         }
         let checked = self.check(over);
-        if self.zombie {
+        if zombie {
             child.wait();
         }
         self.n += 2;
@@ -415,7 +592,7 @@ impl Parent<'_> {
     }
 }
 
-fn parent(act: Act, port: u16, peer: i32, zombie: bool) -> io::Result<()> {
+fn parent(act: Act, port: u16, peer: i32, deed: Deed) -> io::Result<()> {
     let s = TcpStream::connect(("127.0.0.1", port))?;
     // Into the ring, both ways.
     for n in 0..50 {
@@ -423,15 +600,20 @@ fn parent(act: Act, port: u16, peer: i32, zombie: bool) -> io::Result<()> {
         expect("the answer", next(&s)?, ANSWER | n)?;
     }
     let shared = shared();
-    let mut p = Parent { act, s, peer, shared, zombie, n: 100 };
-    let (steps, _) = p.round(|c| c.steps(shared))?;
+    let mut p = Parent { act, s, peer, shared, deed, n: 100 };
+    handle_signals();
+    let (steps, _) = p.round(|_, c| c.steps(shared))?;
     let places = places(&steps);
     let mut killed = 0;
     for (i, place) in places.iter().enumerate() {
-        let (there, _) = p.round(|c| c.reaches(place.at, place.n)).map_err(|e| {
+        let failed = |e: io::Error| {
             io::Error::other(format!("{act:?}, {i} of {} places ({:x}): {e}", places.len(), place.at))
-        })?;
-        killed += u32::from(there);
+        };
+        let r = p.round(
+            |p, c| if p.signals() { p.interrupt(c, *place) } else { Ok(c.reaches(place.at, place.n)) },
+        );
+        let (there, _) = r.map_err(failed)?;
+        killed += u32::from(there.map_err(failed)?);
     }
     println!("steps {}\nplaces {}\nkilled {killed}", steps.len(), places.len());
     Ok(())
@@ -459,15 +641,15 @@ fn number(s: &str, start: &str) -> Option<u64> {
     s.lines().find_map(|l| l.strip_prefix(start)?.trim().parse().ok())
 }
 
-fn killed_in(name: &str, zombie: bool) -> Result<(), Failed> {
+fn befalls(deed: &str, name: &str) -> Result<(), Failed> {
     let lib = Lib::find()?;
-    let mut run = Run::new(&format!("steps-{name}-{zombie}"));
+    let mut run = Run::new(&format!("steps-{name}-{deed}"));
     run.limit(Duration::from_secs(100));
     run.preload(&lib);
     let mut peer = run.start("peer", this(&["--peer"]))?;
     peer.until("a port", |p| p.stdout().contains("port "))?;
     let port = number(&peer.stdout(), "port ").ok_or("no port")?.to_string();
-    let args = ["--parent", name, &port, &peer.pid().to_string(), &zombie.to_string()];
+    let args = ["--parent", name, &port, &peer.pid().to_string(), deed];
     let parent = run.start("parent", this(&args))?.finish()?;
     let peer = peer.finish()?;
     let all = format!("{}{}{}\n{}{}", parent.stdout, parent.stderr, parent.status, peer.stdout, peer.stderr);
@@ -481,7 +663,7 @@ fn killed_in(name: &str, zombie: bool) -> Result<(), Failed> {
     ensure(lib.is_none() || parent.stats.shm == 1 && parent.stats.downgrades == 0, || {
         format!("not in the ring to the end: {:?}\n{all}", parent.stats)
     })?;
-    eprintln!("{name}: {steps} instructions, killed in {killed} places");
+    eprintln!("{name}: {steps} instructions, {deed} in {killed} places");
     Ok(())
 }
 
@@ -492,15 +674,14 @@ fn main() -> ExitCode {
         Some("--parent") => {
             let act = ACTS.iter().find(|a| a.0 == args[1]).expect("a call").1;
             let number = |i: usize| args[i].parse().expect("a number");
-            return told(parent(act, number(2) as u16, number(3), args[4] == "true"));
+            let deed = DEEDS.iter().find(|d| d.0 == args[4]).expect("a deed").1;
+            return told(parent(act, number(2) as u16, number(3), deed));
         }
         _ => {}
     }
-    let both = ACTS.iter().flat_map(|(name, _)| [(*name, false), (*name, true)]);
-    let trials = both.map(|(name, zombie)| {
-        let title = format!("killed_in_{name}{}", if zombie { "_zombie" } else { "" });
-        Trial::test(title, move || killed_in(name, zombie))
-    });
+    let all = ACTS.iter().flat_map(|(name, _)| DEEDS.map(|(deed, _)| (deed, *name)));
+    let trials =
+        all.map(|(deed, name)| Trial::test(format!("{deed}_in_{name}"), move || befalls(deed, name)));
     let trials = trials.collect();
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
