@@ -669,8 +669,23 @@ const MADV_POPULATE_WRITE: usize = 23;
 pub fn epoll_ctl(epfd: i32, op: i32, fd: i32, events: u32, data: u64) -> isize {
     let mut ev = libc::epoll_event { events, u64: data };
     // SAFETY: `ev` lives over the call.
-    unsafe {
-        syscall6(libc::SYS_epoll_ctl, epfd as usize, op as usize, fd as usize, &raw mut ev as usize, 0, 0)
+    unsafe { epoll_ctl_raw(epfd, op, fd, &raw mut ev) }
+}
+
+/// epoll_ctl(2). The kernel knows no EINTR of it, but gives that where it asks somebody else first whether the call may be
+/// made (seccomp_unotify(2)) and a signal comes meanwhile. Nobody expects it.
+///
+/// # Safety
+/// `event` is what the kernel may read, or be refused.
+pub unsafe fn epoll_ctl_raw(epfd: i32, op: i32, fd: i32, event: *mut libc::epoll_event) -> isize {
+    loop {
+        // SAFETY: as the caller vouches.
+        let r = unsafe {
+            syscall6(libc::SYS_epoll_ctl, epfd as usize, op as usize, fd as usize, event as usize, 0, 0)
+        };
+        if r != -(libc::EINTR as isize) {
+            return r;
+        }
     }
 }
 

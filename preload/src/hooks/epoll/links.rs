@@ -330,17 +330,7 @@ fn unregister(set: &mut Inner, l: Link, epfd: i32) {
 /// `event` is what the program gave.
 unsafe fn control_raw(epfd: i32, op: i32, fd: i32, event: *mut epoll_event) -> isize {
     // SAFETY: the kernel checks the pointer.
-    unsafe {
-        engine::rawsys::syscall6(
-            libc::SYS_epoll_ctl,
-            epfd as usize,
-            op as usize,
-            fd as usize,
-            event as usize,
-            0,
-            0,
-        )
-    }
+    unsafe { sys::epoll_ctl_raw(epfd, op, fd, event) }
 }
 
 /// Adds a member. `known`: the kernel has it already, with these events and data.
