@@ -312,10 +312,12 @@ impl Watches {
         self.others > 0 || self.all().any(|w| !w.e.sock.tcp_silent(wants(fds, w.at)))
     }
 
-    /// Becomes a sleeper on each connection: doorbells entered and armed, or pinned to TCP.
-    fn enter(&mut self, fds: &[pollfd], mut bell_at: usize) {
+    /// Becomes a sleeper on each connection: doorbells entered and armed, or pinned to TCP. False: the kernel has refused a
+    /// look at a doorbell (a signal, no memory), which is no word on the peer; look again.
+    fn enter(&mut self, fds: &[pollfd], mut bell_at: usize) -> bool {
         self.list().sort_unstable_by_key(|w| w.as_ref().map_or(usize::MAX, |w| w.e.id()));
         let mut last = 0;
+        let mut whole = true;
         for w in self.all() {
             w.way = Way::Kernel;
             if !w.e.sock.needs_bell() {
@@ -331,6 +333,7 @@ impl Watches {
                 last = w.e.id();
                 // False: the peer is gone, and all that comes now comes by the kernel.
                 if !w.e.sock.poll_enter(w.e.sock.fd_now(w.fd)) {
+                    whole &= w.e.sock.is_peer_gone();
                     continue;
                 }
                 w.bell = Some(bell_at);
@@ -340,6 +343,7 @@ impl Watches {
             w.armed = wants(fds, w.at);
             w.e.sock.arm(w.armed);
         }
+        whole
     }
 
     /// The sleep is over, or does not take place. `kernel` is the list that was slept on.
@@ -506,8 +510,7 @@ fn wait(fds: &mut [pollfd], watches: &mut Watches, time: Option<u64>, mask: *con
         if let Some(n) = polled(fds, watches, &mut list[..n_fds], left) {
             return n;
         }
-        watches.enter(fds, n_fds);
-        if watches.ring_ready(fds) || watches.obey() {
+        if !watches.enter(fds, n_fds) || watches.ring_ready(fds) || watches.obey() {
             watches.leave(&[]);
             continue;
         }

@@ -383,7 +383,7 @@ impl Socket {
         true
     }
 
-    /// Counts this thread as asleep, with an empty doorbell. False: the peer is gone.
+    /// Counts this thread as asleep, with an empty doorbell. False: the peer is gone, or nothing could be learnt.
     fn enter_asleep(&self, fd: i32, s: &Slot, m: &Mapped<'_>) -> bool {
         /// Between looks for the dead, and until nameless ones count no more.
         const LOOK: u32 = 256;
@@ -792,7 +792,13 @@ impl Socket {
         }
     }
 
-    /// A poll or select is about to sleep with the doorbell in its list. False: the peer is gone, look again.
+    /// Whether the peer's end is known: what comes now comes by the kernel.
+    pub fn is_peer_gone(&self) -> bool {
+        self.slot().is_none_or(|s| s.wait.peer_gone.load(Relaxed) != 0)
+    }
+
+    /// A poll or select is about to sleep with the doorbell in its list. False: the peer is gone, or nothing could be
+    /// learnt; look again.
     pub fn poll_enter(&self, fd: i32) -> bool {
         match (self.slot(), self.mapped()) {
             (Some(s), Some(m)) => self.enter_asleep(fd, s, &m),
