@@ -1,112 +1,18 @@
 //! Unmodified programs under libsmc.so, one on each end of a link: what they move goes by RDMA, and what can't by TCP.
 //!
 //! Both ends are on one host, in one network namespace; `SMC_TEST_REMOTE` makes them each other's other host.
-//! `SMC_LIBRARY` is libsmc.so; without it the one of the release build beside this workspace.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
-use std::io::{BufRead, BufReader, Read, Write};
+#[path = "world/pair.rs"]
+mod pair_of;
+
+use std::io::{Read, Write};
 use std::net::{SocketAddrV4, TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-/// The two addresses.
-fn ends() -> [String; 2] {
-    let told = std::env::var("SMC_TEST_RDMA").expect("SMC_TEST_RDMA: run this by `cargo xtask vm`");
-    let words: Vec<_> = told.split_whitespace().map(str::to_string).collect();
-    [words[1].clone(), words[3].clone()]
-}
-
-/// Where libsmc.so and libsmc-rdma.so lie side by side, as they are installed.
-fn library() -> &'static Path {
-    static AT: OnceLock<PathBuf> = OnceLock::new();
-    AT.get_or_init(|| {
-        let folder = std::env::temp_dir().join(format!("smc-preload-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).unwrap();
-        let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/release/libsmc.so");
-        let shim = std::env::var_os("SMC_LIBRARY").map_or(built, PathBuf::from);
-        let own = std::env::current_exe().unwrap();
-        let service = own.ancestors().nth(2).unwrap().join("libsmc_rdma.so");
-        std::fs::copy(shim, folder.join("libsmc.so")).unwrap();
-        std::fs::copy(service, folder.join("libsmc-rdma.so")).unwrap();
-        folder
-    })
-}
-
-fn program() -> PathBuf {
-    std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("examples/end")
-}
-
-fn port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(6100);
-    NEXT.fetch_add(1, Ordering::Relaxed)
-}
-
-/// A program, under the library unless it is to be plain.
-struct End {
-    child: Child,
-    out: BufReader<std::process::ChildStdout>,
-    stats: PathBuf,
-}
-
-/// What SMC_STATS has of a program.
-#[derive(Debug, PartialEq, Eq)]
-struct Moved {
-    rdma: u64,
-    tcp: u64,
-    rdma_tx: u64,
-    rdma_rx: u64,
-    /// Connections that have gone back to TCP.
-    back: u64,
-}
-
-impl End {
-    fn start(words: &[&str], plain: bool, settings: &[(&str, &str)]) -> Self {
-        static NEXT: AtomicU16 = AtomicU16::new(0);
-        let stats = library().join(format!("stats-{}", NEXT.fetch_add(1, Ordering::Relaxed)));
-        let mut c = Command::new(program());
-        c.args(words).stdin(Stdio::piped()).stdout(Stdio::piped());
-        if !plain {
-            c.env("LD_PRELOAD", library().join("libsmc.so")).env("SMC_STATS", &stats);
-            c.env("SMC_PEERS", "10.77.0.0/24").env("SMC_TEST_REMOTE", "1");
-            c.envs(settings.iter().copied());
-        }
-        let mut child = c.spawn().unwrap();
-        let out = BufReader::new(child.stdout.take().unwrap());
-        Self { child, out, stats }
-    }
-
-    fn says(&mut self, want: &str) {
-        let mut line = String::new();
-        self.out.read_line(&mut line).unwrap();
-        assert_eq!(line.trim(), want);
-    }
-
-    /// Ends well; what it has moved.
-    fn ends(mut self, last: &str) -> Moved {
-        self.says(last);
-        assert!(self.child.wait().unwrap().success());
-        let json = std::fs::read_to_string(&self.stats).unwrap_or_default();
-        let number = |name: &str| {
-            let at = json.find(&format!("\"{name}\":")).map(|at| at + name.len() + 3);
-            let digits = at.map(|at| json[at..].chars().take_while(char::is_ascii_digit).collect::<String>());
-            digits.and_then(|d| d.parse().ok()).unwrap_or(0)
-        };
-        let names = ["rdma", "tcp", "rdma_tx", "rdma_rx", "downgrades"];
-        let [rdma, tcp, rdma_tx, rdma_rx, back] = names.map(number);
-        Moved { rdma, tcp, rdma_tx, rdma_rx, back }
-    }
-}
-
-impl Drop for End {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+use pair_of::{End, Moved, ends, port};
 
 /// A server and a client; what each has moved.
 fn pair(n: u64, what: &str, bytes: u64, settings: &[(&str, &str)]) -> (Moved, Moved) {
