@@ -1,19 +1,21 @@
 //! Connections to other hosts: finds libsmc-rdma.so, hands connections to its service, and hears what becomes of them.
 //!
-//! The library is looked for beside this one, then where the loader looks, at the first connection whose peer is listed;
-//! a process without such a connection never does. It is loaded once and stays. A child of a fork starts a service of
-//! its own when it needs one.
+//! The library is looked for beside this one, then where the loader looks, at the first connection whose peer is listed,
+//! or the first socket that is to tell its peer that it speaks SMC ([`offer`]); a process without such a one never does. It
+//! is loaded once and stays. A child of a fork starts a service of its own when it needs one.
 //!
 //! The service's thread calls back with no lock of its own held, and holds none of ours.
 
 use crate::fd_table::{self, Kind, Ref};
+use engine::config::config;
 use engine::internal_fds;
+use engine::option;
 use engine::reason::Reason;
 use engine::remote::{ABI, Conn, Host, START, Service, Start};
 use engine::section;
 use libc::c_void;
 use std::ffi::{CStr, CString};
-use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering::*};
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering::*};
 
 /// Its name, beside this library or on the loader's way.
 const NAME: &str = "libsmc-rdma.so";
@@ -29,7 +31,7 @@ static MISSING: AtomicU32 = AtomicU32::new(0);
 
 /// When the library starts: who is to be asked.
 pub fn start() {
-    if !engine::config::config().peers.is_empty() {
+    if !config().peers.is_empty() {
         engine::conn::remote::serve_with(serve);
     }
 }
@@ -39,6 +41,55 @@ fn service() -> Option<&'static Service> {
     let p = SERVICE.load(Acquire);
     // SAFETY: null, or a table that the library never changes or frees.
     unsafe { p.as_ref() }
+}
+
+/// Numbers of listeners that were offered, a bit each; those above are not.
+static OFFERED: [AtomicU64; 64] = [const { AtomicU64::new(0) }; 64];
+
+/// Before `fd` listens: its clients are to hear that it speaks SMC.
+pub fn offer_listener(fd: i32) {
+    if let Some(word) = usize::try_from(fd / 64).ok().and_then(|at| OFFERED.get(at))
+        && offer(fd)
+    {
+        // Relaxed: of two threads, one that is told of the number by the other.
+        word.fetch_or(1 << (fd % 64), Relaxed);
+    }
+}
+
+/// From now on connections of listeners may come to who does not ask for the promise: none is made until somebody asks
+/// again. `exec`: those only that an exec leaves open. A number may be another socket's by now, to which it says nothing.
+pub fn withdraw(exec: bool) {
+    for (at, word) in (0..).zip(&OFFERED) {
+        let bits = word.load(Relaxed);
+        let numbers = (0..64).filter(|n| bits & 1 << n != 0).map(|n| at * 64 + n);
+        numbers.filter(|fd| !exec || crate::hooks::process::kept(*fd)).for_each(option::withdraw);
+    }
+}
+
+/// Before `fd` is connected, or listens: its peer is to hear that it speaks SMC, if there is somebody to say so
+/// (`smc bpf attach`), and if it does. False: it will not.
+///
+/// TCP Fast Open sends the program's bytes before it is known whether the peer speaks SMC.
+pub fn offer(fd: i32) -> bool {
+    const TCP_FASTOPEN_CONNECT: i32 = 30;
+    let out = || config().leaves_out(engine::report::program());
+    if fd <= 2 || crate::hook::disabled() || MISSING.load(Relaxed) != 0 || out() {
+        return false;
+    }
+    if !option::offer(fd) {
+        return false;
+    }
+    let errno = crate::hook::errno();
+    let mut fast = [0; 4];
+    let _ = engine::sys::getsockopt(fd, libc::IPPROTO_TCP, TCP_FASTOPEN_CONNECT, &mut fast);
+    let ready = fast == [0; 4] && service().or_else(found).is_some_and(|s| (s.ready)() != 0);
+    if ready {
+        engine::conn::remote::serve_with(serve);
+    } else {
+        option::withdraw(fd);
+    }
+    crate::hook::set_errno(errno);
+    ready
 }
 
 /// Hands a connection to the service.
@@ -127,7 +178,7 @@ unsafe impl Send for Table {}
 static HOST: engine::once::Once<Table> = engine::once::Once::new();
 
 fn host() -> Table {
-    let eids: Vec<u8> = engine::config::config().eids.iter().flat_map(|e| e.0).collect();
+    let eids: Vec<u8> = config().eids.iter().flat_map(|e| e.0).collect();
     let eids: &'static [u8] = eids.leak();
     Table(Host {
         abi: ABI,

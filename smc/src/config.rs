@@ -214,6 +214,13 @@ impl Config {
         self.peers.iter().any(|r| matches!(r, Rule::Net(a, len) if holds(*a, *len, address)))
     }
 
+    /// Whether policy lets no connection of that program be a candidate, whatever its ends.
+    pub fn leaves_out(&self, program: &[u8]) -> bool {
+        let hit = |r: &Rule| matches!(r, Rule::Program(n) if n == program);
+        let others = |r: &Rule| matches!(r, Rule::Program(n) if n != program);
+        self.disable || self.exclude.iter().any(hit) || !self.only.is_empty() && self.only.iter().all(others)
+    }
+
     /// Whether policy lets a connection with these ends be a candidate.
     pub fn allows(&self, program: &[u8], ends: &[(u128, u16); 2]) -> bool {
         let hit = |r: &Rule| match r {
@@ -279,6 +286,14 @@ mod tests {
         assert!(with(&[("SMC_EXCLUDE", "10.0.0.0/8,redis-cli")]).0.allows(b"x", &ends));
         assert!(!with(&[("SMC_EXCLUDE", "redis-cli")]).0.allows(b"redis-cli", &ends));
         assert!(!with(&[("SMC_DISABLE", "1")]).0.allows(b"x", &ends));
+    }
+
+    #[test]
+    fn a_program_is_left_out_by_its_name_alone() {
+        let out = |k: &str, v: &str| with(&[(k, v)]).0.leaves_out(b"redis-cli");
+        assert!(out("SMC_EXCLUDE", "80,redis-cli") && !out("SMC_EXCLUDE", "80,nginx"));
+        assert!(out("SMC_ONLY", "nginx") && !out("SMC_ONLY", "nginx,80") && !out("SMC_ONLY", "redis-cli"));
+        assert!(out("SMC_DISABLE", "1") && !Config::default().leaves_out(b"redis-cli"));
     }
 
     #[test]

@@ -14,6 +14,7 @@
 //! | [`mem`], [`lgr`] | shared segments, the connection page, buffers; link groups |
 //! | [`section`] | where a signal handler of the program's may run, and where it waits |
 //! | [`handshake`], [`wire`] | finding the peer without a byte in the TCP stream; CLC messages |
+//! | [`option`] | whether a peer on another host speaks SMC |
 //! | [`arena`] | what must survive fork, and what `smc ss` shows |
 //! | [`config`], [`report`], [`reason`] | settings; what a process tells; why a connection is on TCP |
 //! | [`stats`] | reading the counters of this host's processes: `smc ss`, `smc stats` |
@@ -42,6 +43,8 @@ mod models;
 pub mod net;
 #[cfg(not(smc_loom))]
 pub mod once;
+#[cfg(not(smc_loom))]
+pub mod option;
 pub mod rawsys;
 pub mod reason;
 pub mod remote;

@@ -61,7 +61,7 @@ reasons! {
 
     // Ours.
     NoRdma = 0x7f00_0020, "no-rdma",
-        "The peer is listed in SMC_PEERS, but RDMA can't be used here; `smc check` says what is missing.";
+        "The peer speaks SMC, but RDMA can't be used here; `smc check` says what is missing.";
     NotLocal = 0x7f00_0001, "not-local",
         "The other end is not in this network namespace, so memory can't be shared with it.";
     NoFds = 0x7f00_0002, "no-fds",

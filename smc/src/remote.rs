@@ -18,7 +18,7 @@
 use crate::mem::layout::{ConnPage, LAYOUT_VERSION};
 
 /// Version of what is in this file, and of the page's layout.
-pub const ABI: u32 = 2 << 16 | LAYOUT_VERSION;
+pub const ABI: u32 = 3 << 16 | LAYOUT_VERSION;
 
 /// What [`Host::says`] tells of a connection.
 pub mod says {
@@ -64,6 +64,9 @@ pub struct Conn {
     pub fd: i32,
     /// 0: the program's end has connected, 1: it has accepted. The service plays the other side of the page.
     pub side: u32,
+    /// 1: the peer was promised SMC, and speaks CLC first whatever comes: it is taken over also where there is no device
+    /// for it, and then declined.
+    pub promised: u32,
     /// SO_COOKIE: names the connection in what the service says.
     pub cookie: u64,
     /// The page.
@@ -90,6 +93,8 @@ pub struct Service {
     pub abi: u32,
     /// Takes a connection over, or says by which reason's code it does not; then nothing of it was taken.
     pub serve: extern "C" fn(conn: *const Conn) -> u32,
+    /// Whether there is a device at all, 0 or 1.
+    pub ready: extern "C" fn() -> u32,
     /// The process is about to end: waits until what was sent has arrived, that many milliseconds at most.
     pub drain: extern "C" fn(ms: u32),
     /// In a forked child: all is the parent's, and is forgotten.

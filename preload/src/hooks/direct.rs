@@ -46,6 +46,7 @@ fn enter_sandbox<R: Default + PartialOrd>(call: impl FnOnce() -> R) -> R {
 pub fn go_quiet(why: Reason) {
     QUIET.store(true, Relaxed);
     let _ = engine::sys::gettid();
+    crate::remote::withdraw(false);
     // Where both ends are this process's, one must not leave the ring before the other has asked for its bytes.
     for fd in fd_table::numbers() {
         if let Some(e) = fd_table::stream(fd)

@@ -308,6 +308,7 @@ fn meant_by(actions: *const c_void, fd: c_int) -> bool {
 /// in a call already is not to be waited for, and there is no relay then.
 fn before_spawn(actions: *const c_void, caller: Caller) -> Starting {
     let mut s = Starting { relays: Vec::new(), taken: Vec::new(), moves: None };
+    crate::remote::withdraw(true);
     let inherited = |fd: &c_int| kept(*fd) || duplicated_by(actions, *fd);
     for fd in fd_table::numbers() {
         let Some(e) = fd_table::stream(fd).filter(|_| inherited(&fd)) else { continue };
@@ -393,7 +394,7 @@ fn spawning(actions: *const c_void, real: impl FnOnce() -> c_int) -> c_int {
 }
 
 /// Whether exec keeps `fd` open.
-fn kept(fd: c_int) -> bool {
+pub fn kept(fd: c_int) -> bool {
     // SAFETY: no pointers.
     let flags =
         unsafe { engine::rawsys::syscall6(libc::SYS_fcntl, fd as usize, libc::F_GETFD as usize, 0, 0, 0, 0) };

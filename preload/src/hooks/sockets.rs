@@ -1,4 +1,4 @@
-//! connect, accept, shutdown, close and the options.
+//! connect, listen, accept, shutdown, close and the options.
 
 use super::data::{alias, hook};
 use super::making::made;
@@ -7,10 +7,19 @@ use crate::hook::{errno, fail};
 use crate::real::real;
 use engine::arena::each;
 use engine::conn::Side;
+use engine::option;
 use engine::reason::Reason;
 use engine::sys;
 use libc::{c_int, c_ulong, c_void, sockaddr, socklen_t};
 use std::sync::atomic::Ordering::Relaxed;
+
+/// Whether its peer may have been promised SMC, also by another process that its listener was made in. A process that makes
+/// no connections of ours, as in a sandbox, does not ask.
+fn look(fd: c_int) {
+    if !crate::hook::disabled() {
+        option::look(fd);
+    }
+}
 
 /// `fd` has been connected, or is being.
 pub fn connected(fd: c_int) {
@@ -18,6 +27,7 @@ pub fn connected(fd: c_int) {
     // begun to be upgraded is as good as a new one: whatever was counted too little keeps it on TCP.
     let known = fd_table::stream(fd).is_some_and(|e| e.sock.is_same(fd));
     if !known && (fd_table::is_tcp(fd) || sys::is_tcp(fd)) {
+        look(fd);
         fd_table::add_stream(fd, Side::Connect, false);
     }
 }
@@ -34,6 +44,7 @@ pub fn empty_into_tcp(e: &Ref, fd: c_int, why: Reason) {
 }
 
 fn leave(e: &Ref, fd: c_int, why: Reason, keep: bool) {
+    e.sock.keep_word(fd, why);
     // The stop first: a peer that finds our stream gone from the ring goes to sleep in the kernel.
     e.sock.stop_rx(why, keep);
     e.sock.leave_tx(fd, why);
@@ -65,6 +76,7 @@ pub fn hand_over_here(e: &Ref, fd: c_int, why: Reason) -> bool {
 hook! {
     /// connect(2).
     fn connect(fd: c_int, addr: *const sockaddr, len: socklen_t) -> c_int {
+        crate::remote::offer(fd);
         let r = real!(connect(fd => c_int, addr => *const sockaddr, len => socklen_t) -> c_int);
         if len < 2 || !(r == 0 || matches!(errno(), libc::EINPROGRESS | libc::EINTR)) {
             return r;
@@ -88,6 +100,14 @@ hook! {
     }
 }
 alias! { __connect = connect(fd: c_int, addr: *const sockaddr, len: socklen_t) -> c_int; }
+
+hook! {
+    /// listen(2).
+    fn listen(fd: c_int, backlog: c_int) -> c_int {
+        crate::remote::offer_listener(fd);
+        real!(listen(fd => c_int, backlog => c_int) -> c_int)
+    }
+}
 
 hook! {
     /// accept(2).
@@ -114,6 +134,7 @@ hook! {
 /// `fd` has come from `listener`. What a listener of MPTCP gives may be TCP.
 fn accepted(listener: c_int, fd: c_int, flags: c_int) {
     if fd_table::is_tcp(listener) || sys::is_tcp(fd) {
+        look(fd);
         fd_table::add_stream(fd, Side::Accept, flags & libc::SOCK_NONBLOCK != 0);
     }
 }

@@ -12,6 +12,8 @@ use smc::remote::{self, Conn, Host};
 use smc::sys;
 use smc::wire::smcr::Eid;
 
+use crate::device;
+
 use super::conn::Note;
 use super::greeting::Common;
 use super::page::Page;
@@ -47,7 +49,7 @@ pub unsafe extern "C" fn smc_rdma_start(host: *const Host) -> *const remote::Ser
         return std::ptr::null();
     };
     let _ = HOST.set(HostTable(*host));
-    TABLE.get_or_init(|| remote::Service { abi: remote::ABI, serve, drain, forked })
+    TABLE.get_or_init(|| remote::Service { abi: remote::ABI, serve, ready, drain, forked })
 }
 
 fn host() -> Option<&'static Host> {
@@ -60,8 +62,8 @@ fn running() -> Option<&'static Service> {
     unsafe { p.as_ref() }
 }
 
-/// The service, started if it does not run.
-fn service() -> Option<&'static Service> {
+/// The service, started if it does not run. `promised`: also to decline.
+fn service(promised: bool) -> Option<&'static Service> {
     if let Some(s) = running() {
         return Some(s);
     }
@@ -75,7 +77,7 @@ fn service() -> Option<&'static Service> {
     let bytes = unsafe { std::slice::from_raw_parts(host.eids, host.eids_len as usize) };
     let eids = bytes.chunks_exact(Eid::LEN).filter_map(|e| e.try_into().ok().map(Eid)).collect();
     let [a, b, ..] = sys::random_u32().to_ne_bytes();
-    let made = Arc::into_raw(Service::start(Common { eids, salt: [a, b] })?).cast_mut();
+    let made = Arc::into_raw(Service::start(Common { eids, salt: [a, b] }, promised)?).cast_mut();
     SERVICE.store(made, Ordering::Release);
     running()
 }
@@ -83,10 +85,16 @@ fn service() -> Option<&'static Service> {
 extern "C" fn serve(conn: *const Conn) -> u32 {
     // SAFETY: libsmc.so's own, valid over the call.
     let Some(conn) = (unsafe { conn.as_ref() }) else { return Reason::Internal as u32 };
-    let Some(service) = service() else { return Reason::NoRdma as u32 };
+    let Some(service) = service(conn.promised != 0) else { return Reason::NoRdma as u32 };
     // SAFETY: page and rings are kept by `hold`, which is given back when the connection is gone.
     let page = unsafe { Page::new(*conn) };
     service.serve(page).map_or_else(|why| why as u32, |()| 0)
+}
+
+/// Asked once in a process, for each connection asks.
+extern "C" fn ready() -> u32 {
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    (*FOUND.get_or_init(|| device::names().is_ok_and(|n| !n.is_empty()))).into()
 }
 
 extern "C" fn drain(ms: u32) {

@@ -83,7 +83,8 @@ struct Fallback {
 pub struct Conn {
     phase: Phase,
     page: Page,
-    place: Place,
+    /// None: no device has the connection's address, and the peer is to hear that.
+    place: Option<Place>,
     /// -1: closed.
     tcp: i32,
     /// The program has let go of it.
@@ -101,14 +102,17 @@ pub struct Conn {
 
 /// The code under which libsmc.so knows a diagnosis.
 fn code(why: Diagnosis) -> u32 {
+    if why == Diagnosis::NO_SMCR_DEVICE {
+        return Reason::NoRdma as u32;
+    }
     Reason::try_from(why.0).map_or(Reason::HandshakeFailed as u32, |r| r as u32)
 }
 
 impl Conn {
     /// A connection whose handshake begins.
-    pub fn new(page: Page, place: Place, at: &mut Around<'_>) -> Self {
+    pub fn new(page: Page, place: Option<Place>, at: &mut Around<'_>) -> Self {
         let (tcp, client) = (page.conn().tcp, page.conn().side == Side::Connect as u32);
-        let (greeting, first) = Greeting::new(client, &place, at.common, at.now);
+        let (greeting, first) = Greeting::new(client, place.as_ref(), at.common, at.now);
         let phase = Phase::Greeting(greeting);
         let (closed, hurried, hung_up) = (false, false, false);
         let (notes, mail, trailing) = (Vec::new(), VecDeque::new(), None);
@@ -311,11 +315,11 @@ impl Conn {
                     }
                 }
                 Step::Choose(p) => {
-                    let choice = g.choose(&p, &self.place, &self.page, at);
+                    let choice = g.choose(&p, self.place.as_ref(), &self.page, at);
                     steps.extend(choice.map(|c| g.clc.chosen(c, at.now)));
                 }
                 Step::Prepare(peer) => {
-                    if let Some(prepared) = g.prepare(&peer, &self.place, &self.page, at) {
+                    if let Some(prepared) = g.prepare(&peer, self.place.as_ref(), &self.page, at) {
                         steps.extend(g.clc.prepared(prepared, at.now));
                     }
                 }
@@ -341,8 +345,8 @@ impl Conn {
             let steps = match e {
                 Event::Ready => vec![g.clc.linked(Ok(()))],
                 Event::Ended(why) => vec![g.clc.give_up(Link::diagnosis(why))],
-                Event::Keyed(index, ok) => g.resume(Some((index, ok)), &self.place, &self.page, at),
-                Event::Look => g.resume(None, &self.place, &self.page, at),
+                Event::Keyed(index, ok) => g.resume(Some((index, ok)), self.place.as_ref(), &self.page, at),
+                Event::Look => g.resume(None, self.place.as_ref(), &self.page, at),
                 // The peer may be ready before we are.
                 Event::Cdc(m) => {
                     g.early.push(m);

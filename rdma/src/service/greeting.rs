@@ -114,12 +114,12 @@ fn host() -> [u8; 32] {
 }
 
 impl Greeting {
-    /// The beginning; with what a client says first.
-    pub fn new(client: bool, place: &Place, common: &Common, now: Ms) -> (Self, Option<Step>) {
-        let m = place.gid.mac.0;
-        let [a, b] = common.salt;
+    /// The beginning; with what a client says first. Without a place that is a Decline, as is a server's answer.
+    pub fn new(client: bool, place: Option<&Place>, common: &Common, now: Ms) -> (Self, Option<Step>) {
+        let (gid, mac) = place.map_or_else(Default::default, |p| (p.gid.gid, p.gid.mac));
+        let (m, [a, b]) = (mac.0, common.salt);
         let me = PeerId([a, b, m[0], m[1], m[2], m[3], m[4], m[5]]);
-        let local = Local { peer: me, gid: place.gid.gid, mac: place.gid.mac };
+        let local = Local { peer: me, gid, mac };
         let offer = client.then(|| OfferV2 {
             release: RELEASE,
             gid: local.gid,
@@ -131,7 +131,8 @@ impl Greeting {
         let (clc, step) = match offer {
             Some(o) => {
                 let p = Proposal { version: Version::V2, local, area: None, v1: None, v2: Some(o) };
-                let (clc, step) = Rendezvous::propose(p, now);
+                let (mut clc, propose) = Rendezvous::propose(p, now);
+                let step = if place.is_some() { propose } else { clc.give_up(Diagnosis::NO_SMCR_DEVICE) };
                 (clc, Some(step))
             }
             None => (Rendezvous::listen(me, now), None),
@@ -178,10 +179,11 @@ impl Greeting {
     pub fn choose(
         &mut self,
         p: &Proposal,
-        place: &Place,
+        place: Option<&Place>,
         page: &Page,
         at: &mut Around<'_>,
     ) -> Option<Result<Endpoint, Diagnosis>> {
+        let Some(place) = place else { return Some(Err(Diagnosis::NO_SMCR_DEVICE)) };
         let offer = match p.v2.ok_or(Diagnosis::NO_V2_EXTENSION) {
             Ok(o) => o,
             Err(why) => return Some(Err(why)),
@@ -241,7 +243,7 @@ impl Greeting {
     pub fn resume(
         &mut self,
         keyed: Option<(usize, bool)>,
-        place: &Place,
+        place: Option<&Place>,
         page: &Page,
         at: &mut Around<'_>,
     ) -> Vec<Step> {
@@ -285,12 +287,14 @@ impl Greeting {
     pub fn prepare(
         &mut self,
         peer: &Endpoint,
-        place: &Place,
+        place: Option<&Place>,
         page: &Page,
         at: &mut Around<'_>,
     ) -> Option<Result<Option<Endpoint>, (Diagnosis, bool)>> {
         let prepared = match (self.client, peer.first_contact) {
-            (true, true) => self.prepare_first(peer, place, page, at),
+            (true, true) => place
+                .ok_or(Diagnosis::NO_SMCR_DEVICE)
+                .and_then(|place| self.prepare_first(peer, place, page, at)),
             (false, true) => self.begin(peer, at).map(|()| None),
             (false, false) => self.known(peer, at).map(|()| None),
             (true, false) => return self.prepare_next(peer, page, at).err().map(Err),

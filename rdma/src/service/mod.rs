@@ -103,10 +103,10 @@ pub struct Service {
 }
 
 impl Service {
-    /// Opens the devices and starts the thread. None: there is no device, or no descriptor.
-    pub fn start(common: Common) -> Option<Arc<Self>> {
+    /// Opens the devices and starts the thread. None: there is no descriptor, or no device and nobody to be told so.
+    pub fn start(common: Common, promised: bool) -> Option<Arc<Self>> {
         let nics = nic::all();
-        if nics.is_empty() {
+        if nics.is_empty() && !promised {
             return None;
         }
         let (set, wake) = abi::descriptors()?;
@@ -141,7 +141,10 @@ impl Service {
     /// Takes a connection over; the reason's code if not.
     pub fn serve(&self, page: Page) -> Result<(), Reason> {
         let mut core = self.lock();
-        let place = nic::place(&core.nics, page.conn().local).ok_or(Reason::NoRdma)?;
+        let place = nic::place(&core.nics, page.conn().local);
+        if place.is_none() && page.conn().promised == 0 {
+            return Err(Reason::NoRdma);
+        }
         let (id, now) = (core.next, core.now());
         core.next = core.next.wrapping_add(1);
         let (bell, tcp) = (page.conn().bell, page.conn().tcp);

@@ -6,8 +6,12 @@
 //! stream back to TCP, as any peer may, and what was written goes there, in order.
 //!
 //! ```text
-//! remote   NO ── first call, peer listed ──> SERVED ── service lets go: TCP ──> WAS
+//! remote   NO ── first call, peer known ──> SERVED ── service lets go: TCP ──> WAS
 //! ```
+//!
+//! A peer is known by `SMC_PEERS`, or by the TCP option (`crate::option`). The option is a *promise* of both ends': the
+//! peer speaks CLC at the start of the stream, whatever becomes of this end. So what comes in between is answered as the
+//! protocol has it, by a Decline, and before any byte of the program's (`Socket::refuse`).
 //!
 //! What differs while SERVED, for TCP's stream is the handshake's and not the program's:
 //!
@@ -17,6 +21,7 @@
 //! - There is no way back for an option or a descriptor that is passed on: see `Socket::cannot_leave`.
 #![allow(unsafe_code)]
 
+use super::patience::Patience;
 use super::{Mapped, Socket, phase};
 use crate::arena::{Slot, remote, reset, rx_mode, tx_mode};
 use crate::config::config;
@@ -27,20 +32,25 @@ use crate::lgr::{self, Asked, ConnBuffers};
 use crate::lock;
 use crate::mem::rmb::{Buffers, Grant, Refused, ring_size};
 use crate::once::Once;
+use crate::option;
 use crate::reason::Reason;
 use crate::remote::{Conn, says};
 use crate::sync::{AtomicU32, Ordering::*, fence};
 use crate::sys;
+use crate::wire::smcr::clc::{self, Decline, Decoded, Message};
+use crate::wire::smcr::{Diagnosis, PeerId};
 
 /// Values of [`Socket::wanted`].
 const WANTED: u32 = 1;
 /// Why a connection does not enter the ring for a peer on another host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum No {
-    /// Its peer is not a listed one elsewhere.
+    /// Its peer is not known to speak SMC.
     Concern,
     /// It might, but for this.
     Because(Reason),
+    /// Its peer was promised SMC, and was told that there is none, for this.
+    Refused(Reason),
 }
 
 impl From<Reason> for No {
@@ -48,6 +58,11 @@ impl From<Reason> for No {
         Self::Because(why)
     }
 }
+
+/// How long the peer's first message may take, in nanoseconds: as in the kernel.
+const CLC_WAIT: u64 = 6_000_000_000;
+/// The longest CLC message has fewer bytes.
+const MOST_CLC: usize = 2048;
 
 /// Looks for memory that another thread is about to make.
 const MOST_TURNS: u32 = 10_000;
@@ -104,11 +119,11 @@ impl Slot {
 impl Socket {
     /// A new connection: its peer may be on another host.
     pub(super) fn expect_peer(&self) {
-        self.wanted.store((!config().peers.is_empty()).into(), Relaxed);
+        self.wanted.store((option::is_in_use() || !config().peers.is_empty()).into(), Relaxed);
     }
 
-    /// Before a call that moves bytes or waits for them: if the peer is a listed one on another host, the connection
-    /// enters the ring.
+    /// Before a call that moves bytes or waits for them: if the peer is known to speak SMC, the connection enters the
+    /// ring.
     #[inline]
     pub fn meet(&self, fd: i32) {
         if self.wanted.load(Relaxed) == WANTED {
@@ -121,16 +136,17 @@ impl Socket {
         let Some(s) = self.slot() else { return };
         // Whoever comes second waits: no byte goes by TCP while it is not known whether any may.
         let _h = lock::lock(&self.handshake_lock);
-        if self.wanted.load(Relaxed) != WANTED || self.phase.load(Relaxed) != phase::COUNTING {
+        if self.wanted.load(Relaxed) != WANTED {
             return;
         }
-        let _t = lock::lock(&s.tx.lock);
-        let _r = lock::lock(&s.rx.lock);
+        if self.phase.load(Relaxed) != phase::COUNTING {
+            return self.decline(fd, s, Reason::SocketOption);
+        }
         match self.begin(fd, s) {
             // There is no peer yet, or another process holds the socket as well.
             Err(No::Because(Reason::TooShort | Reason::ForkShared)) => {}
             Ok(()) | Err(No::Concern) => self.wanted.store(0, Relaxed),
-            Err(No::Because(why)) => {
+            Err(No::Because(why) | No::Refused(why)) => {
                 self.wanted.store(0, Relaxed);
                 s.reason.store(why.code(), Relaxed);
                 crate::report::log_fallback(s, why);
@@ -138,7 +154,28 @@ impl Socket {
         }
     }
 
-    /// Under the handshake's lock and both directions'.
+    /// Before the program does what the ring can't carry: if the peer was promised SMC, it is told that there is none. An
+    /// exec leaves that to another process that holds the connection, if there is one.
+    pub fn keep_word(&self, fd: i32, why: Reason) {
+        let is_wanted = || self.wanted.load(Relaxed) == WANTED;
+        let Some(s) = self.slot().filter(|_| is_wanted()) else { return };
+        let _h = lock::lock(&self.handshake_lock);
+        let others = why == Reason::Exec && s.holders.load(Acquire) != 1 && !self.bury_dead(s);
+        if is_wanted() && !others {
+            self.decline(fd, s, why);
+        }
+    }
+
+    /// Under the handshake's lock. Nobody asks again.
+    #[cold]
+    fn decline(&self, fd: i32, s: &Slot, why: Reason) {
+        self.wanted.store(0, Relaxed);
+        if option::is_in_use() && option::take(fd) {
+            self.refuse(fd, s, why);
+        }
+    }
+
+    /// Under the handshake's lock.
     fn begin(&self, fd: i32, s: &Slot) -> Result<(), No> {
         let (Some((family, local, lport)), Some((_, peer, pport))) =
             (sys::sockaddr(fd, false), sys::sockaddr(fd, true))
@@ -146,20 +183,66 @@ impl Socket {
             return Err(No::Because(Reason::TooShort));
         };
         let ends = [(super::wide(family, local), lport), (super::wide(family, peer), pport)];
-        if !config().is_peer(ends[1].0) || !config().test_remote && !local::is_elsewhere(fd) {
+        // Also of a peer on this host: who was promised SMC may be the kernel's.
+        let promised = option::is_in_use() && option::ask(fd);
+        let listed = config().is_peer(ends[1].0) && (config().test_remote || local::is_elsewhere(fd));
+        if !promised && !listed {
             return Err(No::Concern);
         }
-        self.may_begin(fd, s, &ends)?;
+        match self.enter(fd, s, &ends, promised) {
+            Err(why) if promised => {
+                self.refuse(fd, s, why);
+                Err(No::Refused(why))
+            }
+            entered => Ok(entered?),
+        }
+    }
+
+    /// Into the ring.
+    fn enter(&self, fd: i32, s: &Slot, ends: &[(u128, u16); 2], promised: bool) -> Result<(), Reason> {
+        let _t = lock::lock(&s.tx.lock);
+        let _r = lock::lock(&s.rx.lock);
+        self.may_begin(fd, s, ends)?;
         self.identify(fd, s)?;
         self.close_gates(s)?;
         let served = match self.untouched(fd, s) {
-            true => self.hand_to_service(fd, s, [ends[0].0, ends[1].0]),
+            true => self.hand_to_service(fd, s, [ends[0].0, ends[1].0], promised),
             false => Err(Reason::CountMismatch),
         };
         let to = |ring, tcp| if served.is_ok() { ring } else { tcp };
         s.tx.mode.store(to(tx_mode::RING, tx_mode::TCP), Release);
         s.rx.mode.store(to(rx_mode::RING, rx_mode::TCP), Release);
-        Ok(served?)
+        served
+    }
+
+    /// The peer was promised SMC, and this end can't: it is told so before any byte of the program's, and the connection
+    /// goes by TCP. Who has connected tells it at once. Who has accepted waits for the peer's Proposal, which is not the
+    /// program's to read; if it does not come in time the connection is reset, rather than that the program reads it
+    /// later. Both only while nobody has moved a byte in another way.
+    #[cold]
+    fn refuse(&self, fd: i32, s: &Slot, why: Reason) {
+        // What was said here is in the kernel's counts and not in ours.
+        s.barred.fetch_or(1, Relaxed);
+        self.phase.store(phase::OFF, Relaxed);
+        if !self.untouched(fd, s) {
+            return;
+        }
+        let diagnosis = Diagnosis(why.code());
+        let decline = Decline { peer: PeerId([0; 8]), diagnosis, out_of_sync: false, v2: None };
+        let bytes = clc::encode(&Message::Decline(decline));
+        let tell = || sys::send_small(fd, &bytes, NOW | libc::MSG_NOSIGNAL) == bytes.len() as isize;
+        let told = match s.role.load(Relaxed) {
+            0 => tell(),
+            _ => match first_message(fd) {
+                First::Declined | First::None => true,
+                First::Other => tell(),
+                First::Late => false,
+            },
+        };
+        if !told {
+            self.was_reset(s, libc::ECONNRESET as u32);
+            sys::disconnect(fd);
+        }
     }
 
     /// Whether anything but the peer is against it.
@@ -201,7 +284,13 @@ impl Socket {
             && self.rx_counts_agree(fd, s) == Some(true)
     }
 
-    fn hand_to_service(&self, fd: i32, s: &Slot, [local, peer]: [u128; 2]) -> Result<(), Reason> {
+    fn hand_to_service(
+        &self,
+        fd: i32,
+        s: &Slot,
+        [local, peer]: [u128; 2],
+        promised: bool,
+    ) -> Result<(), Reason> {
         let serve = SERVE.get().ok_or(Reason::NoRdma)?;
         let side = if s.role.load(Relaxed) == 0 { Side::Connect } else { Side::Accept };
         let (Grant { buffers, ticket, .. }, member) = memory()?;
@@ -219,6 +308,7 @@ impl Socket {
             bell: theirs.raw(),
             fd,
             side: side as u32,
+            promised: promised.into(),
             cookie: s.cookie.load(Relaxed),
             page: buffers.page(),
             tx: buffers.ring(side as usize).0,
@@ -360,6 +450,51 @@ impl Socket {
             sys::raise(libc::SIGPIPE);
         }
         -(libc::EPIPE as isize)
+    }
+}
+
+const NOW: i32 = libc::MSG_DONTWAIT;
+
+/// What the peer's stream begins with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum First {
+    /// A Decline; it is taken.
+    Declined,
+    /// Another message; it is taken.
+    Other,
+    /// Bytes that are no message, or the end: the program's.
+    None,
+    /// Nothing for as long as may be waited for.
+    Late,
+}
+
+/// Waits for the peer's first message. How long all calls of a process may do so together is bounded.
+fn first_message(fd: i32) -> First {
+    let mut patience = Patience::new(CLC_WAIT);
+    let mut bytes = [0; MOST_CLC];
+    loop {
+        // Asked for first: of a socket with an error and no bytes, recv(2) would take the error.
+        let some = sys::ioctl_int(fd, libc::FIONREAD).is_ok_and(|n| n > 0);
+        let n = if some { sys::recv_small(fd, &mut bytes, libc::MSG_PEEK | NOW) } else { 0 };
+        let seen = bytes.get(..usize::try_from(n).unwrap_or(0)).unwrap_or_default();
+        match clc::decode(seen) {
+            Ok(Decoded::Message(m, n)) => {
+                sys::recv_small(fd, &mut vec![0; n], NOW);
+                return if matches!(m, Message::Decline(_)) { First::Declined } else { First::Other };
+            }
+            Ok(Decoded::NeedTotal(_)) => {}
+            Err(_) => return First::None,
+        }
+        let mut p = [libc::pollfd { fd, events: libc::POLLIN | libc::POLLRDHUP, revents: 0 }];
+        match patience.poll(&mut p) {
+            None => return First::Late,
+            Some(true) if p[0].revents & (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR) != 0 => {
+                return First::None;
+            }
+            // Not all of it has come.
+            Some(true) if some => patience.tire(),
+            Some(_) => {}
+        }
     }
 }
 
