@@ -23,6 +23,7 @@ const UNSAFE: &[&str] = &[
     "smc/src/handshake/",
     "smc/src/conn/",
     "preload/src/",
+    "cli/src/bpf/kernel.rs",
     "rdma/src/completion.rs",
     "rdma/src/device.rs",
     "rdma/src/memory.rs",

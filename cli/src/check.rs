@@ -36,7 +36,7 @@ const LEAST_LOCKED: u64 = 16 << 20;
 /// Asks everything; fails if something needed is missing.
 pub fn run() -> ExitCode {
     type Question = (&'static str, fn() -> Answer);
-    const QUESTIONS: [Question; 10] = [
+    const QUESTIONS: [Question; 11] = [
         ("kernel", kernel),
         ("memfd", || tried(memfd(), "sealed shared memory", "sealed memfds are needed")),
         ("unix", || tried(abstract_socket(), "abstract Unix sockets", "abstract Unix sockets are needed")),
@@ -49,6 +49,7 @@ pub fn run() -> ExitCode {
         ("preload", library_loads),
         ("upgrade", upgrade),
         ("rdma", rdma),
+        ("option", option),
     ];
     let mut text = String::new();
     let mut missing = false;
@@ -217,10 +218,22 @@ fn upgrade() -> Answer {
     }
 }
 
+/// Whether other hosts are known by the TCP option.
+fn option() -> Answer {
+    if crate::bpf::is_here() {
+        Good("a TCP option tells which other hosts speak SMC".into())
+    } else {
+        Note(
+            "only hosts in SMC_PEERS are known to speak SMC; `smc bpf attach`, by root, has others found out"
+                .into(),
+        )
+    }
+}
+
 /// Whether connections to other hosts can go by RDMA; if not, the first thing that is missing.
 fn rdma() -> Answer {
     match rdma_wanting() {
-        Ok(devices) => Good(format!("{devices}: connections to hosts in SMC_PEERS go by RDMA")),
+        Ok(devices) => Good(format!("{devices}: connections to hosts that speak SMC go by RDMA")),
         Err(why) => Note(format!("other hosts are reached by TCP: {why}")),
     }
 }

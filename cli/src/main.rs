@@ -1,8 +1,9 @@
 //! The `smc` command: run programs under libsmc, and look at what their connections do.
 //!
-//! `run` prepares an environment and is gone, `perf` measures connections of its own; the others read what running programs publish
-//! ([`smc::stats`]) and change nothing.
+//! `run` prepares an environment and is gone, `perf` measures connections of its own, `bpf` attaches programs to cgroups; the
+//! others read what running programs publish ([`smc::stats`]) and change nothing.
 
+mod bpf;
 mod check;
 mod elf;
 mod library;
@@ -41,6 +42,8 @@ enum Command {
     Perf(Box<perf::Options>),
     /// Say what this machine can do, and what to do about the rest
     Check,
+    /// Find out by a TCP option which other hosts speak SMC (root)
+    Bpf(bpf::Options),
     /// Print a completion script for a shell
     Completions(pages::CompletionOptions),
     /// Print a man page, or write all of them
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
         Command::Stats(options) => stats::run(&options),
         Command::Perf(options) => perf::run(*options),
         Command::Check => check::run(),
+        Command::Bpf(options) => bpf::run(&options),
         Command::Completions(options) => pages::completions(&options),
         Command::Man(options) => pages::man(&options),
         Command::Probe(options) => probe::run(&options),

@@ -35,7 +35,7 @@ pub struct Options {
     /// Most shared memory a process may map [SMC_MEM_LIMIT]
     #[arg(long, value_name = "SIZE")]
     mem_limit: Option<String>,
-    /// Other hosts known to speak SMC [SMC_PEERS]
+    /// Other hosts known to speak SMC, beside those that say so by a TCP option (smc bpf) [SMC_PEERS]
     #[arg(long, value_name = "LIST")]
     peers: Option<String>,
     /// What hosts must have in common to speak SMC with each other [SMC_EID]

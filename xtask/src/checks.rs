@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::shell::{self, Running};
 use crate::tally::Tally;
-use crate::{dist, packages, rounds, vm};
+use crate::{bpf, dist, packages, rounds, vm};
 
 /// A model that takes longer than this does not end.
 const MODEL_LIMIT: Duration = Duration::from_secs(600);
@@ -125,7 +125,7 @@ fn tests(command: &mut Command) -> io::Result<Tally> {
 }
 
 /// The tests of the crates, and what is behind features: the examples in its documentation, and the events. The
-/// documentation has no broken link.
+/// documentation has no broken link. The BPF object is what its source makes, where that can be found out.
 fn unit() -> io::Result<Tally> {
     let all = ["test", "--quiet", "--release", "--workspace", "--exclude", "libsmc", "--no-fail-fast"];
     let mut tally = tests(shell::cargo().args(all))?;
@@ -136,6 +136,9 @@ fn unit() -> io::Result<Tally> {
     tally.add(step(document.env("RUSTDOCFLAGS", "-D warnings"))?);
     let events = ["test", "--quiet", "--release", "-p", "smc", "--features", "tracing", "--test", "events"];
     tally.add(tests(shell::cargo().args(events))?);
+    if let Some(same) = bpf::check()? {
+        tally.add(same);
+    }
     Ok(tally)
 }
 

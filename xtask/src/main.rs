@@ -9,6 +9,7 @@
 #[path = "../../cli/src/perf/bars.rs"]
 mod bars;
 mod bench;
+mod bpf;
 mod checks;
 mod demo;
 mod dist;
@@ -37,6 +38,7 @@ cargo xtask COMMAND
       --no-install   do not install the programs that are measured (Debian, root)
       --before LIB   another build of libsmc.so to compare with
       --docs         put the table into docs/PERFORMANCE.md
+  bpf           makes cli/src/bpf/option.bpf.o anew (clang-14)
   install       what `cargo build --release` makes, with man pages and completions
       --prefix DIR   where to: ~/.local, /usr/local
   dist          an archive and a Debian package, in target/packages
@@ -106,6 +108,7 @@ fn main() -> ExitCode {
             }
         }
         "test" => checks::run(&Check::ALL, install),
+        "bpf" => bpf::main(),
         "help" | "--help" | "-h" => {
             println!("{HELP}");
             ExitCode::SUCCESS
