@@ -303,3 +303,61 @@ fn a_promise_that_is_not_kept_is_declined() {
     assert_eq!(client(&port.to_string(), "1", &[]).rdma, 0);
     server.join().unwrap();
 }
+
+/// A program under libsmc that is `words`, with the kernel's EID.
+fn under_libsmc(words: &[&str]) -> Command {
+    let mut c = Command::new(words[0]);
+    c.args(&words[1..]).env("LD_PRELOAD", pair_of::library().join("libsmc.so")).envs([EID]);
+    c
+}
+
+/// The connection is promised, and then another program's, which knows nothing of that.
+#[test]
+#[ignore = "needs SMC_TEST_RDMA and AF_SMC"]
+fn an_exec_declines_what_was_promised() {
+    let _on = Attached::new();
+    let [_, b] = ends();
+    let (port, server) = kernel_server(1, 1);
+    let then = "exec env -u LD_PRELOAD sh -c 'printf hello >&3; exec head -c 5 <&3'";
+    let script = format!("exec 3<>/dev/tcp/{b}/{port}; {then}");
+    let client = under_libsmc(&["bash", "-c", &script]).output().unwrap();
+    assert_eq!(String::from_utf8(client.stdout).unwrap(), "hello");
+    server.join().unwrap();
+}
+
+/// The same at a server, whose first connection it has served by itself: it is promised the second.
+#[test]
+#[ignore = "needs SMC_TEST_RDMA and AF_SMC"]
+fn a_server_declines_before_it_hands_a_connection_on() {
+    const SERVER: &str = "import os, socket, sys\n\
+        l = socket.create_server((sys.argv[1], 0))\n\
+        print(l.getsockname()[1], flush=True)\n\
+        s = l.accept()[0]\n\
+        s.sendall(s.recv(100))\n\
+        s.close()\n\
+        s = l.accept()[0]\n\
+        os.dup2(s.fileno(), 9)\n\
+        os.environ.pop('LD_PRELOAD')\n\
+        os.execvp('sh', ['sh', '-c', 'head -c 5 <&9; printf world >&9'])\n";
+    let on = Attached::new();
+    let [a, b] = ends();
+    let mut server = under_libsmc(&["python3", "-c", SERVER, &b]);
+    let mut server = server.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut out = std::io::BufReader::new(server.stdout.take().unwrap());
+    let mut port = String::new();
+    std::io::BufRead::read_line(&mut out, &mut port).unwrap();
+    start(&["connect", &a, &b, port.trim(), "1", "echo", "64"], true, &[]).ends("done");
+    let [theirs, ours] = world::ends();
+    let to = SocketAddrV4::new(ours.address, port.trim().parse().unwrap());
+    let mut s = dial(IPPROTO_SMC, &theirs, to);
+    s.write_all(b"hello").unwrap();
+    let mut world = [0; 5];
+    s.read_exact(&mut world).unwrap();
+    assert_eq!(&world, b"world");
+    assert_eq!(mode(s.local_addr().unwrap().port(), to.port()), Some(1));
+    let mut hello = String::new();
+    out.read_to_string(&mut hello).unwrap();
+    assert_eq!(hello, "hello");
+    assert!(server.wait().unwrap().success());
+    assert_eq!((on.count("accepted"), on.count("taken")), (1, 1));
+}
