@@ -66,6 +66,23 @@ pub fn withdraw(exec: bool) {
     }
 }
 
+/// A new connection: whether its peer may have been promised SMC, also by another process that its listener was made in. A
+/// process that makes no connections of ours, as in a sandbox, does not ask.
+pub fn look(fd: i32) {
+    if !crate::hook::disabled() && option::look(fd) {
+        engine::conn::remote::serve_with(serve);
+    }
+}
+
+/// After [`look`], and when it should be in the table: one that is not there, for its number or for want of memory, keeps
+/// the promise all the same.
+pub fn look_again(fd: i32, accepted: bool) {
+    if option::is_in_use() && !crate::hook::disabled() && fd_table::stream(fd).is_none() {
+        let why = if fd <= 2 { Reason::LowFd } else { Reason::NoMemory };
+        engine::conn::remote::decline_unknown(fd, accepted, why);
+    }
+}
+
 /// Before `fd` is connected, or listens: its peer is to hear that it speaks SMC, if there is somebody to say so
 /// (`smc bpf attach`), and if it does. False: it will not.
 ///
@@ -83,9 +100,7 @@ pub fn offer(fd: i32) -> bool {
     let mut fast = [0; 4];
     let _ = engine::sys::getsockopt(fd, libc::IPPROTO_TCP, TCP_FASTOPEN_CONNECT, &mut fast);
     let ready = fast == [0; 4] && service().or_else(found).is_some_and(|s| (s.ready)() != 0);
-    if ready {
-        engine::conn::remote::serve_with(serve);
-    } else {
+    if !ready {
         option::withdraw(fd);
     }
     crate::hook::set_errno(errno);

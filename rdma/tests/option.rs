@@ -11,12 +11,12 @@ mod af_smc;
 mod pair_of;
 mod world;
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddrV4, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::thread;
 
 use af_smc::{IPPROTO_SMC, dial, listener, mode, port_of};
@@ -325,27 +325,21 @@ fn an_exec_declines_what_was_promised() {
     server.join().unwrap();
 }
 
-/// The same at a server, whose first connection it has served by itself: it is promised the second.
-#[test]
-#[ignore = "needs SMC_TEST_RDMA and AF_SMC"]
-fn a_server_declines_before_it_hands_a_connection_on() {
-    const SERVER: &str = "import os, socket, sys\n\
+/// A server under libsmc that has served a plain client by itself, and then does `second` with what it accepts, `l` being
+/// its listener; the kernel's client sends "hello" and hears "world". What the server has printed since.
+fn second_connection(second: &str) -> String {
+    const FIRST: &str = "import os, socket, sys\n\
         l = socket.create_server((sys.argv[1], 0))\n\
         print(l.getsockname()[1], flush=True)\n\
         s = l.accept()[0]\n\
         s.sendall(s.recv(100))\n\
-        s.close()\n\
-        s = l.accept()[0]\n\
-        os.dup2(s.fileno(), 9)\n\
-        os.environ.pop('LD_PRELOAD')\n\
-        os.execvp('sh', ['sh', '-c', 'head -c 5 <&9; printf world >&9'])\n";
-    let on = Attached::new();
+        s.close()\n";
     let [a, b] = ends();
-    let mut server = under_libsmc(&["python3", "-c", SERVER, &b]);
-    let mut server = server.stdout(std::process::Stdio::piped()).spawn().unwrap();
-    let mut out = std::io::BufReader::new(server.stdout.take().unwrap());
+    let mut server = under_libsmc(&["python3", "-c", &format!("{FIRST}{second}"), &b]);
+    let mut server = server.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut out = BufReader::new(server.stdout.take().unwrap());
     let mut port = String::new();
-    std::io::BufRead::read_line(&mut out, &mut port).unwrap();
+    out.read_line(&mut port).unwrap();
     start(&["connect", &a, &b, port.trim(), "1", "echo", "64"], true, &[]).ends("done");
     let [theirs, ours] = world::ends();
     let to = SocketAddrV4::new(ours.address, port.trim().parse().unwrap());
@@ -355,9 +349,34 @@ fn a_server_declines_before_it_hands_a_connection_on() {
     s.read_exact(&mut world).unwrap();
     assert_eq!(&world, b"world");
     assert_eq!(mode(s.local_addr().unwrap().port(), to.port()), Some(1));
-    let mut hello = String::new();
-    out.read_to_string(&mut hello).unwrap();
-    assert_eq!(hello, "hello");
+    let mut printed = String::new();
+    out.read_to_string(&mut printed).unwrap();
     assert!(server.wait().unwrap().success());
+    printed
+}
+
+/// The same at a server, which is promised its second connection since it has served the first by itself.
+#[test]
+#[ignore = "needs SMC_TEST_RDMA and AF_SMC"]
+fn a_server_declines_before_it_hands_a_connection_on() {
+    let on = Attached::new();
+    let second = "s = l.accept()[0]\n\
+        os.dup2(s.fileno(), 9)\n\
+        os.environ.pop('LD_PRELOAD')\n\
+        os.execvp('sh', ['sh', '-c', 'head -c 5 <&9; printf world >&9'])\n";
+    assert_eq!(second_connection(second), "hello");
+    assert_eq!((on.count("accepted"), on.count("taken")), (1, 1));
+}
+
+/// Standard input is never ours, also where it is a connection.
+#[test]
+#[ignore = "needs SMC_TEST_RDMA and AF_SMC"]
+fn a_connection_that_becomes_standard_input_is_declined() {
+    let on = Attached::new();
+    let second = "os.close(0)\n\
+        s = l.accept()[0]\n\
+        print(s.fileno(), s.recv(5).decode())\n\
+        s.sendall(b'world')\n";
+    assert_eq!(second_connection(second), "0 hello\n");
     assert_eq!((on.count("accepted"), on.count("taken")), (1, 1));
 }

@@ -5,21 +5,13 @@ use super::making::made;
 use crate::fd_table::{self, Ref};
 use crate::hook::{errno, fail};
 use crate::real::real;
+use crate::remote;
 use engine::arena::each;
 use engine::conn::Side;
-use engine::option;
 use engine::reason::Reason;
 use engine::sys;
 use libc::{c_int, c_ulong, c_void, sockaddr, socklen_t};
 use std::sync::atomic::Ordering::Relaxed;
-
-/// Whether its peer may have been promised SMC, also by another process that its listener was made in. A process that makes
-/// no connections of ours, as in a sandbox, does not ask.
-fn look(fd: c_int) {
-    if !crate::hook::disabled() {
-        option::look(fd);
-    }
-}
 
 /// `fd` has been connected, or is being.
 pub fn connected(fd: c_int) {
@@ -27,8 +19,9 @@ pub fn connected(fd: c_int) {
     // begun to be upgraded is as good as a new one: whatever was counted too little keeps it on TCP.
     let known = fd_table::stream(fd).is_some_and(|e| e.sock.is_same(fd));
     if !known && (fd_table::is_tcp(fd) || sys::is_tcp(fd)) {
-        look(fd);
+        remote::look(fd);
         fd_table::add_stream(fd, Side::Connect, false);
+        remote::look_again(fd, false);
     }
 }
 
@@ -76,7 +69,7 @@ pub fn hand_over_here(e: &Ref, fd: c_int, why: Reason) -> bool {
 hook! {
     /// connect(2).
     fn connect(fd: c_int, addr: *const sockaddr, len: socklen_t) -> c_int {
-        crate::remote::offer(fd);
+        remote::offer(fd);
         let r = real!(connect(fd => c_int, addr => *const sockaddr, len => socklen_t) -> c_int);
         if len < 2 || !(r == 0 || matches!(errno(), libc::EINPROGRESS | libc::EINTR)) {
             return r;
@@ -104,7 +97,7 @@ alias! { __connect = connect(fd: c_int, addr: *const sockaddr, len: socklen_t) -
 hook! {
     /// listen(2).
     fn listen(fd: c_int, backlog: c_int) -> c_int {
-        crate::remote::offer_listener(fd);
+        remote::offer_listener(fd);
         real!(listen(fd => c_int, backlog => c_int) -> c_int)
     }
 }
@@ -134,8 +127,9 @@ hook! {
 /// `fd` has come from `listener`. What a listener of MPTCP gives may be TCP.
 fn accepted(listener: c_int, fd: c_int, flags: c_int) {
     if fd_table::is_tcp(listener) || sys::is_tcp(fd) {
-        look(fd);
+        remote::look(fd);
         fd_table::add_stream(fd, Side::Accept, flags & libc::SOCK_NONBLOCK != 0);
+        remote::look_again(fd, true);
     }
 }
 

@@ -224,22 +224,7 @@ impl Socket {
         // What was said here is in the kernel's counts and not in ours.
         s.barred.fetch_or(1, Relaxed);
         self.phase.store(phase::OFF, Relaxed);
-        if !self.untouched(fd, s) {
-            return;
-        }
-        let diagnosis = Diagnosis(why.code());
-        let decline = Decline { peer: PeerId([0; 8]), diagnosis, out_of_sync: false, v2: None };
-        let bytes = clc::encode(&Message::Decline(decline));
-        let tell = || sys::send_small(fd, &bytes, NOW | libc::MSG_NOSIGNAL) == bytes.len() as isize;
-        let told = match s.role.load(Relaxed) {
-            0 => tell(),
-            _ => match first_message(fd) {
-                First::Declined | First::None => true,
-                First::Other => tell(),
-                First::Late => false,
-            },
-        };
-        if !told {
+        if self.untouched(fd, s) && !turn_down(fd, s.role.load(Relaxed) != 0, why) {
             self.was_reset(s, libc::ECONNRESET as u32);
             sys::disconnect(fd);
         }
@@ -450,6 +435,30 @@ impl Socket {
             sys::raise(libc::SIGPIPE);
         }
         -(libc::EPIPE as isize)
+    }
+}
+
+/// A connection that nobody keeps an eye on: if its peer was promised SMC, it is told that there is none.
+pub fn decline_unknown(fd: i32, accepted: bool, why: Reason) {
+    if option::is_in_use() && option::take(fd) && !turn_down(fd, accepted, why) {
+        sys::disconnect(fd);
+    }
+}
+
+/// Declines, when it is time to. False: it can't.
+#[cold]
+fn turn_down(fd: i32, accepted: bool, why: Reason) -> bool {
+    let diagnosis = Diagnosis(why.code());
+    let decline = Decline { peer: PeerId([0; 8]), diagnosis, out_of_sync: false, v2: None };
+    let bytes = clc::encode(&Message::Decline(decline));
+    let tell = || sys::send_small(fd, &bytes, NOW | libc::MSG_NOSIGNAL) == bytes.len() as isize;
+    match accepted {
+        false => tell(),
+        true => match first_message(fd) {
+            First::Declined | First::None => true,
+            First::Other => tell(),
+            First::Late => false,
+        },
     }
 }
 
