@@ -13,7 +13,12 @@
 //! The hard idea is the loss of a link (RFC 7609 section 4.6). Nobody knows then which of the messages without a
 //! completion have arrived. Positions in the ring are absolute, so writing again what is already there does no harm:
 //! `sent` goes back to `fin`, and the bytes go once more by the new link, after a CDC that only says which message was
-//! known to have arrived ([`Stream::failover`]). A peer that has not seen that one has lost data, and gives up.
+//! known to have arrived ([`Stream::failover`]). A peer that has not seen that one has lost data, and gives up. What was
+//! said of the end besides goes once more as well.
+//!
+//! A packet of the lost link may be late all the same. As long as the peer's queue pair takes it, its bytes must find the
+//! same bytes: so nothing is sent for a place in the ring that a message of the lost link was for, one lap before, until
+//! the peer's end is known to be gone ([`Stream::old_link_gone`]).
 //!
 //! Closing (section 4.8) is two sets of flags, one said by each end; the kernel's twelve states are these flags and the
 //! order in which they came. What has to be sent depends on the flags alone.
@@ -87,6 +92,7 @@ pub struct Sizes {
 struct Flight {
     seq: u16,
     sent: u64,
+    said: Closing,
 }
 
 /// One end of a connection.
@@ -118,6 +124,8 @@ pub struct Stream {
     /// What the program wants the peer to know, and what the peer has been told by a message.
     wanted: Closing,
     said: Closing,
+    /// What of that is known to have arrived.
+    arrived: Closing,
     heard: Closing,
     lost: bool,
 
@@ -125,6 +133,10 @@ pub struct Stream {
     owed: bool,
     /// A validation is owed before anything else.
     validate: bool,
+    /// Something that was on its way when a link was lost is to be said again.
+    replay: bool,
+    /// Nothing goes beyond this before the peer's end of a lost link is gone.
+    fence: Option<u64>,
 }
 
 impl Stream {
@@ -150,10 +162,13 @@ impl Stream {
             urgent: None,
             wanted: Closing::default(),
             said: Closing::default(),
+            arrived: Closing::default(),
             heard: Closing::default(),
             lost: false,
             owed: false,
             validate: false,
+            replay: false,
+            fence: None,
         }
     }
 
@@ -248,10 +263,10 @@ impl Stream {
         self.said.abort || self.said.closed && (self.heard.closed || self.is_reset())
     }
 
-    /// Messages without a completion.
+    /// Messages that are not known to have arrived, those that are to be said again included.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.flights.len()
+        self.flights.len() + usize::from(self.replay)
     }
 
     /// The positions: written by the program, known to have arrived, produced by the peer, taken by the program.
@@ -289,9 +304,12 @@ impl Stream {
             let cdc = Cdc { seq: self.seq_fin, token: self.token, flags, ..Cdc::default() };
             return Some(Transmit { writes: Few::new(), cdc });
         }
+        // A peer that has closed reads nothing, and may have given its buffer back.
         let ended = self.said.closed || self.said.abort || self.wanted.abort || self.is_reset();
+        let ended = ended || self.heard.closed;
         let waiting = if ended { 0 } else { self.written - self.sent };
-        let room = u64::from(self.sizes.peer) - (self.sent - self.acked);
+        let free = u64::from(self.sizes.peer) - (self.sent - self.acked);
+        let room = free.min(self.fence.map_or(free, |f| f.saturating_sub(self.sent)));
         let n = waiting.min(room);
         let closing = self.closing(self.sent + n);
         if n == 0 && !self.owed && closing == self.said {
@@ -301,10 +319,11 @@ impl Stream {
         self.sent += n;
         self.top = self.top.max(self.sent);
         self.seq = self.seq.wrapping_add(1);
-        self.flights.push_back(Flight { seq: self.seq, sent: self.sent });
+        self.flights.push_back(Flight { seq: self.seq, sent: self.sent, said: closing });
         self.confirmed = self.consumed;
         self.said = closing;
         self.owed = false;
+        self.replay = false;
         let cdc = Cdc {
             seq: self.seq,
             token: self.token,
@@ -318,7 +337,7 @@ impl Stream {
 
     /// The flags that go with a message that tells of bytes up to `sent`.
     fn closing(&self, sent: u64) -> Closing {
-        let drained = sent == self.written;
+        let drained = sent == self.written || self.heard.closed;
         Closing {
             done_writing: self.said.done_writing || self.wanted.done_writing && drained,
             closed: self.said.closed || self.wanted.closed && drained && !self.wanted.abort,
@@ -349,22 +368,33 @@ impl Stream {
             // After a failover a message may tell of less than one before it did.
             self.fin = self.fin.max(f.sent);
             self.seq_fin = f.seq;
+            self.arrived = f.said;
         }
         self.fin > before
     }
 
-    /// The link is lost, and another takes over: what has no completion goes once more. The old queue pair is in the
-    /// error state and was emptied before, so that it reads nothing from the send buffer any more.
+    /// The link is lost, and another takes over: what has no completion goes once more. The old queue pair was emptied
+    /// and is gone, so that it reads nothing from the send buffer any more.
     pub fn failover(&mut self) {
         if !self.flights.is_empty() {
             // What these said besides data must be said again.
             self.owed = true;
+            self.replay = true;
+            self.said = self.arrived;
             self.flights.clear();
         }
+        // Its messages were for places from here on; a later link's are fenced by an earlier one's as well.
+        let fence = self.fin + u64::from(self.sizes.peer);
+        self.fence = Some(self.fence.map_or(fence, |f| f.min(fence)));
         // The peer may have consumed beyond the last completion.
         self.fin = self.fin.max(self.acked);
         self.sent = self.fin;
         self.validate = true;
+    }
+
+    /// The peer's ends of all links that were lost are gone: nothing comes late by them.
+    pub fn old_link_gone(&mut self) {
+        self.fence = None;
     }
 
     /// No link takes over, and the peer has told by other means how many of our bytes it has: where the stream goes on.
