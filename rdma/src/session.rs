@@ -495,6 +495,7 @@ impl Session {
                 Ok(())
             }
             Action::Connect(..) | Action::Active(_) | Action::Confirmed(..) | Action::Ended(_) => Ok(()),
+            Action::Gone | Action::Asked(_) | Action::Deleted(_) => Ok(()),
         }
     }
 

@@ -337,6 +337,7 @@ impl Link {
             Action::Make(slot, _) => _ = self.group.link_made(slot, None, now),
             Action::Confirmed(index, ok) => out.push(Event::Keyed(index, ok)),
             Action::Send(..) | Action::Connect(..) | Action::Active(_) | Action::Ended(_) => {}
+            Action::Gone | Action::Asked(_) | Action::Deleted(_) => {}
         }
         Ok(())
     }

@@ -17,7 +17,12 @@
 //!
 //! The hard idea is who may use what: a memory key is known per link, so a link becomes *active*, which is to say
 //! connections may be moved to it, only when both ends have told each other the keys of all their buffers there.
-//! A buffer that is confirmed while a link is being added would miss it; so the two exclude each other.
+//! A buffer that is confirmed while a link is being added would miss it; so the two exclude each other. The first
+//! link is ready before there is a second: connections begin while one is being added.
+//!
+//! What goes down with a link is said again by another: that it is lost, until the peer's end is known to be gone
+//! ([`Action::Gone`]: nothing comes late by it any more), and which keys are no good. And a Confirm on its way may name
+//! a buffer by its key on a link that was lost meanwhile: those keys are kept apart ([`Group::peer_has`]).
 
 use std::collections::VecDeque;
 
@@ -171,16 +176,33 @@ pub enum Action {
     Connect(Slot, Port),
     /// The queue pair goes to RTS.
     ReadyToSend(Slot),
-    /// Connections may use the link.
+    /// Connections may use the link; the peer's keys on it are known.
     Active(Slot),
     /// First contact is complete.
     Ready,
     /// The link is gone: its connections go on by the other, if there is one. Destroy the queue pair.
     Lost(Slot, Option<Slot>),
+    /// The peer's ends of all links that were lost are gone as well.
+    Gone,
+    /// A client would like another link, from one of these ports: [`Group::add_link`], if there is a place for it.
+    Asked(Vec<Gid>),
+    /// The peer has taken its buffer of that index back.
+    Deleted(usize),
     /// The peer may write to the buffer of that index; or it will not.
     Confirmed(usize, bool),
     /// Everything ends.
     Ended(Ended),
+}
+
+/// The answer to [`Action::Make`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Made {
+    /// The queue pair.
+    pub own: Port,
+    /// Which of the peer's ports it is for.
+    pub target: Gid,
+    /// Our buffers' keys on it, by index.
+    pub keys: Vec<Key>,
 }
 
 /// A group's numbers.
@@ -210,7 +232,15 @@ pub struct Group {
     rkey: Option<(usize, Slot, Ms)>,
     waiting_rkeys: VecDeque<usize>,
     parked: Option<(Slot, Llc)>,
+    /// Links that are lost here, and until when the peer's end of each may be there.
+    lost: Vec<(u8, Ms)>,
+    /// Keys that the peer is to forget and has not said so: by link, and on which it was told.
+    forgotten: Vec<(Keys, Slot)>,
+    /// The peer's keys on the link that was lost last, with their buffers' indices.
+    former: Vec<(Key, usize)>,
     ready: bool,
+    /// The client has had the ADD LINK that it waits for at first contact.
+    offered: bool,
     wants_link: bool,
     ended: Option<Ended>,
     actions: VecDeque<Action>,
@@ -240,7 +270,11 @@ impl Group {
             rkey: None,
             waiting_rkeys: VecDeque::new(),
             parked: None,
+            lost: Vec::new(),
+            forgotten: Vec::new(),
+            former: Vec::new(),
             ready: false,
+            offered: false,
             wants_link: false,
             ended: None,
             actions: VecDeque::new(),
@@ -252,6 +286,18 @@ impl Group {
     /// What is to be done next.
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
+    }
+
+    /// Whether there is something to be done.
+    #[must_use]
+    pub fn has_action(&self) -> bool {
+        !self.actions.is_empty()
+    }
+
+    /// Which end it is.
+    #[must_use]
+    pub fn role(&self) -> Role {
+        self.terms.role
     }
 
     /// Whether it has ended, and why.
@@ -289,6 +335,26 @@ impl Group {
     pub fn peer_buffer(&self, slot: Slot, rkey: u32) -> Option<usize> {
         let has = |k: &Option<Keys>| matches!(k, Some(k) if k.get(slot).copied().flatten().is_some_and(|k| k.rkey == rkey));
         self.peers.iter().position(has)
+    }
+
+    /// The index of the peer's buffer that has this key on any link, or had on the one that was lost last.
+    #[must_use]
+    pub fn peer_has(&self, key: Key) -> Option<usize> {
+        let now = |k: &Option<Keys>| matches!(k, Some(k) if k.contains(&Some(key)));
+        let former = || self.former.iter().find(|(k, _)| *k == key).map(|(_, index)| *index);
+        self.peers.iter().position(now).or_else(former)
+    }
+
+    /// The peer's keys of the buffer of that index, by link.
+    #[must_use]
+    pub fn peer_keys(&self, index: usize) -> Option<Keys> {
+        self.peers.get(index).copied().flatten()
+    }
+
+    /// Whether there could be another link, and nothing is being done about links.
+    #[must_use]
+    pub fn lacks_link(&self) -> bool {
+        self.ready && self.ended.is_none() && self.flow == Flow::None && self.free_slot().is_some()
     }
 
     fn first_active(&self) -> Option<Slot> {
@@ -380,24 +446,40 @@ impl Group {
         }
         self.actions.push_back(Action::Active(slot));
         self.flow = Flow::None;
-        if self.ready || self.terms.max_links < 2 {
-            return self.idle(now);
+        if !self.ready {
+            self.ready = true;
+            self.actions.push_back(Action::Ready);
+            if self.terms.max_links > 1 {
+                // Linux waits for the question of a second link.
+                return match self.terms.role {
+                    Role::Server => self.offer(now),
+                    Role::Client => self.flow = Flow::AwaitOffer { until: now + ANSWER },
+                };
+            }
         }
-        // First contact is not complete before the question of a second link is.
-        match self.terms.role {
-            Role::Server => self.offer(now),
-            Role::Client => self.flow = Flow::AwaitOffer { until: now + ANSWER },
-        }
+        self.idle(now);
     }
 
     // Adding links.
 
-    /// Another link would be welcome, over another device perhaps. (A client leaves it to the server.)
+    /// Another link would be welcome. (A client leaves it to the server, see [`Self::ask_link`].)
     pub fn add_link(&mut self, now: Ms) {
         if self.terms.role == Role::Server && self.ended.is_none() {
             self.wants_link = true;
             self.run(now);
         }
+    }
+
+    /// A client asks for another link, which may end at one of these ports.
+    pub fn ask_link(&mut self, gids: &[Gid]) {
+        let via = self.first_active().filter(|_| self.terms.role == Role::Client && self.ended.is_none());
+        let Some((via, link)) = via.and_then(|v| Some((v, *self.link(v)?))) else { return };
+        let body = match self.terms.version {
+            Version::V2 => Body::RequestAddLink { gids: gids.to_vec() },
+            // Version 1 has no message for that: an offer of a client's is one.
+            Version::V1 => Body::AddLink(add_link(&Port { qpn: 0, psn: 0, ..link.own }, 0, None)),
+        };
+        self.send(via, false, body);
     }
 
     fn count(&self) -> usize {
@@ -422,6 +504,11 @@ impl Group {
     }
 
     fn offer_nothing(&mut self, via: Slot, now: Ms) {
+        if std::mem::replace(&mut self.offered, true) {
+            // Nobody waits for it.
+            self.flow = Flow::None;
+            return self.idle(now);
+        }
         let Some(link) = self.link(via).copied() else { return };
         let a = add_link(&Port { qpn: 0, psn: 0, ..link.own }, 0, None);
         self.send(via, false, Body::AddLink(AddLink { mtu: None, ..a }));
@@ -434,15 +521,15 @@ impl Group {
         self.own.len()
     }
 
-    /// The queue pair that [`Action::Make`] asked for, and our buffers' keys on it, by index; or none could be made.
-    /// False: nobody wants it any more, destroy it.
+    /// The queue pair that [`Action::Make`] asked for; or none could be made. False: nobody wants it any more, destroy
+    /// it.
     #[must_use]
-    pub fn link_made(&mut self, slot: Slot, made: Option<(Port, Vec<Key>)>, now: Ms) -> bool {
+    pub fn link_made(&mut self, slot: Slot, made: Option<Made>, now: Ms) -> bool {
         let (via, offer) = match &self.flow {
             Flow::Making { slot: s, via, offer } if *s == slot => (*via, offer.clone()),
             _ => return false,
         };
-        let Some((own, keys)) = made.filter(|(_, keys)| keys.len() == self.own.len()) else {
+        let Some(Made { own, target, keys }) = made.filter(|m| m.keys.len() == self.own.len()) else {
             match offer {
                 None => self.offer_nothing(via, now),
                 Some(a) => self.reject(via, &a, now),
@@ -468,13 +555,10 @@ impl Group {
         }
         let v2 = self.terms.version == Version::V2;
         let keys = self.new_keys(via, slot);
-        let ext = v2.then(|| AddLinkV2 {
-            direct: true,
-            target: peer.map_or(Gid::default(), |p| p.gid),
-            keys: keys.clone(),
-        });
+        let ext = v2.then(|| AddLinkV2 { direct: true, target, keys: keys.clone() });
         self.send(via, offer.is_some(), Body::AddLink(add_link(&own, id, ext)));
         let Some(a) = offer else {
+            self.offered = true;
             self.flow = Flow::Offered { slot: Some(slot), via, until: now + ANSWER };
             return true;
         };
@@ -524,7 +608,7 @@ impl Group {
         match (self.terms.role, response) {
             (Role::Client, false) => self.on_offer(slot, a, now),
             // A client asks for a link by offering one: a hint.
-            (Role::Server, false) => self.add_link(now),
+            (Role::Server, false) => self.actions.push_back(Action::Asked(vec![a.gid])),
             (Role::Server, true) => self.on_offer_answered(slot, a, now),
             (Role::Client, true) => {}
         }
@@ -535,8 +619,8 @@ impl Group {
             Flow::None | Flow::AwaitOffer { .. } => {}
             _ => return,
         }
-        match (self.free_slot(), port_of(a), self.rkey.is_some()) {
-            (Some(slot), Some(port), false) if a.link != 0 && self.named(a.link).is_none() => {
+        match (self.free_slot(), port_of(a)) {
+            (Some(slot), Some(port)) if a.link != 0 && self.named(a.link).is_none() => {
                 self.flow = Flow::Making { slot, via, offer: Some(a.clone()) };
                 self.actions.push_back(Action::Make(slot, Some(port)));
             }
@@ -557,7 +641,7 @@ impl Group {
         };
         let peer = if a.rejected.is_none() { port_of(a) } else { None };
         let Some(peer) = peer else {
-            self.remove(slot, false);
+            self.remove(slot);
             self.flow = Flow::None;
             return self.idle(now);
         };
@@ -608,19 +692,52 @@ impl Group {
     // Losing links.
 
     /// Forgets a link and its keys.
-    fn remove(&mut self, slot: Slot, tell: bool) {
-        let was = self.links.get_mut(slot).and_then(Option::take);
-        for buffer in self.own.iter_mut().chain(&mut self.peers).flatten() {
+    fn remove(&mut self, slot: Slot) {
+        let Some(was) = self.links.get_mut(slot).and_then(Option::take) else { return };
+        let peers = self.peers.iter().enumerate();
+        let keys = peers.filter_map(|(i, k)| Some((k.as_ref()?.get(slot).copied().flatten()?, i)));
+        if was.state == LinkState::Active {
+            self.former = keys.collect();
+        }
+        let forgotten = self.forgotten.iter_mut().map(|(keys, _)| keys);
+        for buffer in self.own.iter_mut().chain(&mut self.peers).flatten().chain(forgotten) {
             if let Some(key) = buffer.get_mut(slot) {
                 *key = None;
             }
         }
-        if was.is_some() || tell {
-            let to = self.first_active();
-            self.actions.push_back(Action::Lost(slot, to));
-        }
+        let to = self.first_active();
+        self.actions.push_back(Action::Lost(slot, to));
         if self.count() == 0 {
             self.end(Ended::NoLink);
+        }
+    }
+
+    /// The peer's end of a link that is lost here is gone.
+    fn gone(&mut self, id: u8) {
+        self.lost.retain(|(lost, _)| *lost != id);
+        if self.lost.is_empty() && self.ended.is_none() {
+            self.actions.push_back(Action::Gone);
+        }
+    }
+
+    fn say_lost(&mut self, id: u8) {
+        if let Some(via) = self.first_active() {
+            let reason = DeleteReason::LOST_PATH;
+            let d = DeleteLink { link: id, all: false, orderly: false, reason };
+            self.send(via, false, Body::DeleteLink(d));
+        }
+    }
+
+    /// What was on its way by a lost link, or waits for an answer by it, is said by another.
+    fn say_again(&mut self, slot: Slot) {
+        for id in self.lost.iter().map(|(id, _)| *id).collect::<Vec<_>>() {
+            self.say_lost(id);
+        }
+        for (keys, told) in std::mem::take(&mut self.forgotten) {
+            match told == slot {
+                true => self.say_forgotten(keys),
+                false => self.forgotten.push((keys, told)),
+            }
         }
     }
 
@@ -631,15 +748,11 @@ impl Group {
         }
         let id = self.link(slot).map_or(0, |l| l.id);
         self.cut(slot);
-        if self.ended.is_none() && id != 0 {
-            if let Some(via) = self.first_active() {
-                let reason = DeleteReason::LOST_PATH;
-                self.send(
-                    via,
-                    false,
-                    Body::DeleteLink(DeleteLink { link: id, all: false, orderly: false, reason }),
-                );
+        if self.ended.is_none() {
+            if id != 0 {
+                self.lost.push((id, now + ANSWER));
             }
+            self.say_again(slot);
             self.idle(now);
         }
     }
@@ -655,8 +768,8 @@ impl Group {
         if target == Some(slot) || via == Some(slot) {
             self.flow = Flow::None;
             // What was being added by the lost link has no peer that knows of it.
-            if let Some(t) = target.filter(|t| *t != slot && self.link(*t).is_some()) {
-                self.remove(t, false);
+            if let Some(t) = target.filter(|t| *t != slot) {
+                self.remove(t);
             }
         }
         if let Some((buffer, _, _)) = self.rkey.take_if(|(_, s, _)| *s == slot) {
@@ -665,7 +778,7 @@ impl Group {
         if self.parked.as_ref().is_some_and(|(s, _)| *s == slot) {
             self.parked = None;
         }
-        self.remove(slot, false);
+        self.remove(slot);
     }
 
     fn on_delete_link(&mut self, from: Slot, response: bool, d: &DeleteLink, now: Ms) {
@@ -679,28 +792,38 @@ impl Group {
                 && self.named(d.link) == Some(slot)
             {
                 self.cut(slot);
-                self.idle(now);
+                if self.ended.is_none() {
+                    self.say_again(slot);
+                    self.idle(now);
+                }
             }
-            return;
+            return self.gone(d.link);
         }
         let Some(slot) = self.named(d.link) else {
             let reason = DeleteReason::UNKNOWN_LINK;
             // Both ends may have lost it at once; there is nothing to do but to say so.
-            return self.send(from, true, Body::DeleteLink(DeleteLink { reason, ..d.clone() }));
+            self.send(from, true, Body::DeleteLink(DeleteLink { reason, ..d.clone() }));
+            return self.gone(d.link);
         };
-        match self.terms.role {
-            Role::Client => {
-                self.send(from, true, Body::DeleteLink(d.clone()));
-                self.cut(slot);
-            }
-            // A client only asks: the server deletes, and the client answers that.
-            Role::Server => {
-                let via = self.active().find(|s| *s != slot).unwrap_or(from);
-                self.send(via, false, Body::DeleteLink(d.clone()));
-                self.cut(slot);
-            }
+        // A client only asks: the server deletes, and the client answers that.
+        let client = self.terms.role == Role::Client;
+        let other = self.active().find(|s| *s != slot);
+        let via = if from != slot { from } else { other.unwrap_or(from) };
+        // Our end goes before the peer hears of it: nothing comes late by it then. But the last word goes by the last link.
+        if via == slot {
+            self.send(via, client, Body::DeleteLink(d.clone()));
+            self.cut(slot);
+        } else {
+            self.cut(slot);
+            self.send(via, client, Body::DeleteLink(d.clone()));
         }
         if self.ended.is_none() {
+            self.say_again(slot);
+            // Of a path that is lost the peer has no end any more; of another it has one until it hears of ours.
+            match d.reason {
+                DeleteReason::LOST_PATH => self.gone(d.link),
+                _ => self.lost.push((d.link, now + ANSWER)),
+            }
             self.idle(now);
         }
     }
@@ -738,10 +861,15 @@ impl Group {
         if let Some((told, ..)) = self.rkey.as_mut().filter(|(told, ..)| *told == index) {
             *told = usize::MAX;
         }
+        self.say_forgotten(keys);
+    }
+
+    fn say_forgotten(&mut self, keys: Keys) {
         let via = self.first_active();
         if let Some((via, key)) = via.and_then(|v| Some((v, keys.get(v).copied().flatten()?))) {
             let d = DeleteRkey { keys: vec![key.rkey], negative: false, unknown: 0 };
             self.send(via, false, Body::DeleteRkey(d));
+            self.forgotten.push((keys, via));
         }
     }
 
@@ -749,7 +877,7 @@ impl Group {
         if response {
             let Some((buffer, _, _)) = self.rkey.take_if(|(_, s, _)| *s == from) else { return };
             self.actions.push_back(Action::Confirmed(buffer, c.answer == RkeyAnswer::Done));
-            return self.run(now);
+            return self.idle(now);
         }
         let mut keys = [None; LINKS];
         let mut put = |slot: Slot, key| keys.get_mut(slot).map(|k| *k = Some(key));
@@ -759,20 +887,34 @@ impl Group {
                 put(slot, Key { rkey: k.rkey, addr: k.addr });
             }
         }
-        let known = self.peer_buffer(from, c.rkey).is_some();
-        let done = known || place(&mut self.peers, keys).is_some();
+        // Told before, by a link that is lost; or another buffer, and the word of the one before it was lost.
+        let known = self.peer_buffer(from, c.rkey);
+        if let Some(index) = known.filter(|i| self.peer_key(*i, from).is_some_and(|k| k.addr != c.addr)) {
+            self.actions.push_back(Action::Deleted(index));
+        }
+        let done = match known.and_then(|i| self.peers.get_mut(i)) {
+            Some(known) => known.replace(keys).is_some(),
+            None => place(&mut self.peers, keys).is_some(),
+        };
         let answer = if done { RkeyAnswer::Done } else { RkeyAnswer::Negative };
         self.send(from, true, Body::ConfirmRkey(ConfirmRkey { answer, ..c.clone() }));
     }
 
     fn on_delete_rkey(&mut self, from: Slot, response: bool, d: &DeleteRkey) {
         if response {
-            return;
+            let said = |k: &Keys| k.get(from).copied().flatten().is_some_and(|k| d.keys.contains(&k.rkey));
+            return self.forgotten.retain(|(keys, told)| *told != from || !said(keys));
         }
         let (mut mask, mut unknown) = (0u8, 0u8);
         for (i, key) in d.keys.iter().enumerate() {
-            match self.peer_buffer(from, *key).and_then(|b| self.peers.get_mut(b)) {
-                Some(buffer) => *buffer = None,
+            match self.peer_buffer(from, *key) {
+                Some(index) => {
+                    if let Some(buffer) = self.peers.get_mut(index) {
+                        *buffer = None;
+                    }
+                    self.former.retain(|(_, i)| *i != index);
+                    self.actions.push_back(Action::Deleted(index));
+                }
                 None => {
                     mask |= 0x80u8.checked_shr(i as u32).unwrap_or(0);
                     unknown = unknown.saturating_add(1);
@@ -790,10 +932,6 @@ impl Group {
     fn idle(&mut self, now: Ms) {
         if self.flow != Flow::None || self.ended.is_some() {
             return;
-        }
-        if !self.ready && self.first_active().is_some() {
-            self.ready = true;
-            self.actions.push_back(Action::Ready);
         }
         if let Some((slot, llc)) = self.parked.take() {
             self.handle(slot, llc, now);
@@ -862,7 +1000,10 @@ impl Group {
         let response = llc.response;
         let changes_links =
             matches!(llc.body, Body::AddLink(_) | Body::DeleteLink(_) | Body::RequestAddLink { .. });
+        // Keys that are on their way would miss the link that is offered.
+        let telling = self.rkey.is_some() && matches!(llc.body, Body::AddLink(_));
         let busy = match self.flow {
+            _ if telling && self.terms.role == Role::Client => true,
             Flow::None | Flow::AwaitOffer { .. } => false,
             // The link that is being added is given up by the server: the flow hears of it at once.
             _ => !matches!(&llc.body, Body::DeleteLink(d) if d.all || self.is_adding(d.link)),
@@ -878,7 +1019,10 @@ impl Group {
             Body::AddLink(a) => self.on_add_link(slot, response, a, now),
             Body::AddLinkCont { link, remaining, keys } => self.on_keys(slot, *link, *remaining, keys, now),
             Body::DeleteLink(d) => self.on_delete_link(slot, response, d, now),
-            Body::RequestAddLink { .. } => self.add_link(now),
+            Body::RequestAddLink { gids } if self.terms.role == Role::Server => {
+                self.actions.push_back(Action::Asked(gids.clone()));
+            }
+            Body::RequestAddLink { .. } => {}
             Body::ConfirmRkey(c) => self.on_confirm_rkey(slot, response, c, now),
             Body::DeleteRkey(d) => self.on_delete_rkey(slot, response, d),
             Body::TestLink(data) if !response => self.send(slot, true, Body::TestLink(*data)),
@@ -908,7 +1052,8 @@ impl Group {
         };
         let links = self.links.iter().flatten().filter(|l| l.state == LinkState::Active);
         let idle = links.map(|l| l.probe.unwrap_or(l.heard + IDLE)).min();
-        let all = [flow, self.rkey.map(|(_, _, until)| until), idle];
+        let gone = self.lost.iter().map(|(_, until)| *until).min();
+        let all = [flow, self.rkey.map(|(_, _, until)| until), idle, gone];
         if self.ended.is_some() { None } else { all.into_iter().flatten().min() }
     }
 
@@ -936,6 +1081,10 @@ impl Group {
             // The request may have gone down with its link: the peer is told again, by another.
             Flow::Deleting { slot, until } if now >= until => self.link_failed(slot, now),
             _ => {}
+        }
+        // By then nothing is on its way any more. A Linux server that has lost a link as well does not answer.
+        for (id, _) in self.lost.iter().copied().filter(|(_, until)| now >= *until).collect::<Vec<_>>() {
+            self.gone(id);
         }
         if let Some((_, slot, _)) = self.rkey.filter(|(_, _, until)| now >= *until) {
             self.link_failed(slot, now);

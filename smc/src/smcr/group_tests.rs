@@ -17,6 +17,9 @@ struct Side {
     /// Queue pairs: own number, the peer's once it is connected, whether they may send and receive.
     qps: [Option<Port>; LINKS],
     said_active: [bool; LINKS],
+    /// Something may come late by a link that was lost.
+    fenced: bool,
+    deleted: Vec<usize>,
     confirmed: Vec<usize>,
     asked: usize,
     answered: usize,
@@ -61,6 +64,8 @@ impl World {
                 next: own.qpn + 1,
                 qps: [Some(own), None, None],
                 said_active: [false; LINKS],
+                fenced: false,
+                deleted: Vec::new(),
                 confirmed: vec![0],
                 asked: 0,
                 answered: 0,
@@ -89,7 +94,7 @@ impl World {
                     let own = port(s.number, s.next);
                     s.next += 1;
                     let keys = (0..s.group.buffers()).map(|b| key(own.qpn, b)).collect();
-                    let made = s.can_make.then_some((own, keys));
+                    let made = s.can_make.then_some(Made { own, target: Gid([1; 16]), keys });
                     if s.group.link_made(slot, made, self.now) {
                         s.qps[slot] = Some(own);
                     }
@@ -103,6 +108,7 @@ impl World {
                     assert!(s.qps[slot].is_some(), "lost what there was not");
                     assert!(to.is_none_or(|t| t != slot && s.said_active[t]));
                     s.qps[slot] = None;
+                    s.fenced |= s.said_active[slot];
                     s.said_active[slot] = false;
                 }
                 Action::Confirmed(b, done) => {
@@ -111,6 +117,9 @@ impl World {
                         s.confirmed.push(b);
                     }
                 }
+                Action::Gone => s.fenced = false,
+                Action::Asked(_) => s.group.add_link(self.now),
+                Action::Deleted(b) => s.deleted.push(b),
                 Action::Ready => {
                     assert!(!s.ready);
                     s.ready = true;
@@ -227,7 +236,8 @@ fn agree(version: Version, links: u8, whole: bool, acts: &[(usize, u8, usize)]) 
             5 => drop(w.see_failure(i)),
             6 => w.fail(i, slot),
             7 => w.add_buffer(i),
-            8 => w.sides[0].group.add_link(w.now),
+            8 if i == 0 => w.sides[0].group.add_link(w.now),
+            8 => w.sides[1].group.ask_link(&[]),
             9 => w.sides[i].can_make = slot > 0,
             10 => w.tick(500 * slot as Ms),
             _ => w.sides[i].group.delete_link(slot, DeleteReason::OPERATOR, w.now),
@@ -241,6 +251,7 @@ fn agree(version: Version, links: u8, whole: bool, acts: &[(usize, u8, usize)]) 
         assert_eq!(w.links(0), w.links(1));
         assert!(!w.links(0).is_empty() && w.sides[0].ready && w.sides[1].ready);
         for i in 0..2 {
+            assert!(!w.sides[i].fenced);
             // Nobody waits for an answer any more, and whoever may write knows how, on every link.
             assert_eq!(w.sides[i].asked, w.sides[i].answered);
             let (own, peer) = (&w.sides[i], &w.sides[1 - i].group);
@@ -362,6 +373,104 @@ fn failover_names_the_other_link_and_a_new_one_can_be_added() {
     assert_eq!(w.links(1), w.links(0));
 }
 
+/// The end that has lost a link hears when the other's is gone, by whichever link is left.
+#[test]
+fn a_lost_link_is_known_to_be_gone_at_both_ends() {
+    for (i, version) in [(0, Version::V1), (1, Version::V1), (0, Version::V2), (1, Version::V2)] {
+        let mut w = start(version, 2);
+        run(&mut w);
+        // The other end has not noticed.
+        w.sides[i].group.link_failed(0, w.now);
+        w.act(i);
+        assert!(w.sides[i].fenced);
+        run(&mut w);
+        assert!(w.sides.iter().all(|s| !s.fenced && s.group.active().eq([1])), "{version:?} {i}");
+        // One that never answers is taken to be gone when no packet can be on its way any more.
+        let mut w = start(version, 2);
+        run(&mut w);
+        w.sides[i].group.link_failed(0, w.now);
+        w.act(i);
+        w.wire = Default::default();
+        w.tick(1_999);
+        assert!(w.sides[i].fenced);
+        w.tick(1);
+        assert!(!w.sides[i].fenced);
+    }
+}
+
+/// What goes down with a link is said by the other: that it is lost, and that a key is no good.
+#[test]
+fn what_goes_down_with_a_link_is_said_again() {
+    let mut w = start(Version::V2, 3);
+    run(&mut w);
+    w.sides[0].group.add_link(w.now);
+    w.act(0);
+    run(&mut w);
+    assert_eq!(w.links(0).len(), 3);
+    w.add_buffer(1);
+    run(&mut w);
+    w.sides[1].group.delete_buffer(1);
+    w.sides[1].group.link_failed(0, w.now);
+    w.sides[1].group.link_failed(1, w.now);
+    w.act(1);
+    // All but the last link's messages.
+    w.wire[1].retain(|(own, ..)| *own == 2002);
+    run(&mut w);
+    assert_eq!(w.links(0), [(1002, 2002)]);
+    assert_eq!(w.sides[0].deleted, [1]);
+    assert!(w.sides.iter().all(|s| !s.fenced && s.ended.is_none()));
+}
+
+/// A key on its way would miss the link that is offered meanwhile: the offer waits.
+#[test]
+fn an_offer_waits_for_a_key_that_is_being_told() {
+    let mut w = start(Version::V2, 2);
+    w.sides[1].can_make = false;
+    run(&mut w);
+    w.sides[1].can_make = true;
+    w.add_buffer(1);
+    w.sides[0].group.add_link(w.now);
+    w.act(0);
+    assert!(w.deliver(0), "the offer comes before the answer");
+    run(&mut w);
+    assert_eq!(w.links(0).len(), 2);
+    assert!(w.sides[0].group.active().all(|s| w.sides[0].group.peer_key(1, s).is_some()));
+}
+
+#[test]
+fn a_client_asks_for_a_link() {
+    for version in [Version::V1, Version::V2] {
+        let mut w = start(version, 2);
+        w.sides[1].can_make = false;
+        run(&mut w);
+        assert!(w.sides[1].group.lacks_link());
+        w.sides[1].can_make = true;
+        w.sides[1].group.ask_link(&[Gid([7; 16])]);
+        w.act(1);
+        run(&mut w);
+        assert_eq!(w.links(0).len(), 2, "{version:?}");
+        assert!(!w.sides[1].group.lacks_link());
+    }
+}
+
+/// A Confirm may name a buffer by its key on a link that is lost meanwhile; but not for longer than the buffer is there.
+#[test]
+fn a_buffer_is_known_by_its_key_on_a_link_that_was_lost() {
+    let mut w = start(Version::V2, 2);
+    run(&mut w);
+    w.add_buffer(1);
+    run(&mut w);
+    let has = |w: &World, qpn| w.sides[0].group.peer_has(key(qpn, 1));
+    assert_eq!([has(&w, 2000), has(&w, 2001), has(&w, 2002)], [Some(1), Some(1), None]);
+    w.fail(1, 0);
+    w.settle();
+    assert_eq!([has(&w, 2000), has(&w, 2001)], [Some(1), Some(1)]);
+    w.sides[1].group.delete_buffer(1);
+    w.act(1);
+    run(&mut w);
+    assert_eq!([has(&w, 2000), has(&w, 2001)], [None, None]);
+}
+
 #[test]
 fn silence_is_noticed() {
     let mut w = start(Version::V1, 1);
@@ -430,6 +539,9 @@ fn a_buffer_is_confirmed_though_the_link_fails_while_another_is_deleted() {
 #[test]
 fn a_link_is_deleted_by_the_answer_about_it_and_no_other() {
     let mut w = start(Version::V2, 3);
+    run(&mut w);
+    w.sides[0].group.add_link(w.now);
+    w.act(0);
     run(&mut w);
     w.sides[0].group.link_failed(2, w.now);
     w.sides[0].group.delete_link(1, DeleteReason::OPERATOR, w.now);
