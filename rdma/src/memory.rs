@@ -29,9 +29,12 @@ pub struct Region {
     at: NonNull<u8>,
     len: usize,
     mr: NonNull<ibv_mr>,
+    access: Access,
     /// The mapping goes with this.
     own: bool,
     domain: Arc<Domain>,
+    /// Who answers for the mapping, of one that is registered once more.
+    _of: Option<Arc<Self>>,
 }
 
 // SAFETY: the mapping belongs to no thread, and what is in it is only copied, never referred to.
@@ -52,7 +55,7 @@ impl Region {
         // SAFETY: the whole of the mapping that was just made.
         unsafe { libc::madvise(at, len, libc::MADV_DONTFORK) };
         // SAFETY: the whole of the mapping, which goes with what this makes.
-        let made = unsafe { Self::register(domain, at.cast(), len, access, true) };
+        let made = unsafe { Self::register(domain, at.cast(), len, access, true, None) };
         if made.is_err() {
             // SAFETY: the mapping that was just made; nothing refers to it.
             unsafe { libc::munmap(at, len) };
@@ -72,7 +75,14 @@ impl Region {
         access: Access,
     ) -> io::Result<Arc<Self>> {
         // SAFETY: as the caller vouches.
-        unsafe { Self::register(domain, at, len, access, false) }
+        unsafe { Self::register(domain, at, len, access, false, None) }
+    }
+
+    /// The same memory in another domain, on another device perhaps.
+    pub fn again(self: &Arc<Self>, domain: &Arc<Domain>) -> io::Result<Arc<Self>> {
+        let at = self.at.as_ptr();
+        // SAFETY: by this one's invariant it is mapped as long as this one lives, which the new one holds.
+        unsafe { Self::register(domain, at, self.len, self.access, false, Some(self.clone())) }
     }
 
     /// # Safety
@@ -83,6 +93,7 @@ impl Region {
         len: usize,
         access: Access,
         own: bool,
+        of: Option<Arc<Self>>,
     ) -> io::Result<Arc<Self>> {
         let rights = match access {
             Access::Local => ibv_access_flags::IBV_ACCESS_LOCAL_WRITE,
@@ -94,7 +105,7 @@ impl Region {
         // SAFETY: the domain lives, and the range is mapped, readable and writable.
         let mr = unsafe { rdma_sys::ibv_reg_mr(domain.as_ptr(), at.cast(), len, rights.0 as i32) };
         let mr = NonNull::new(mr).ok_or_else(|| failed("ibv_reg_mr"))?;
-        Ok(Arc::new(Self { at: start, len, mr, own, domain: domain.clone() }))
+        Ok(Arc::new(Self { at: start, len, mr, access, own, domain: domain.clone(), _of: of }))
     }
 
     /// Its bytes.

@@ -16,11 +16,16 @@ use pair_of::{End, Moved, ends, port};
 
 /// A server and a client; what each has moved.
 fn pair(n: u64, what: &str, bytes: u64, settings: &[(&str, &str)]) -> (Moved, Moved) {
+    pair_with(n, what, bytes, [settings, settings])
+}
+
+/// As [`pair`], the server's settings first.
+fn pair_with(n: u64, what: &str, bytes: u64, settings: [&[(&str, &str)]; 2]) -> (Moved, Moved) {
     let ([a, b], port) = (ends(), port().to_string());
     let (n, bytes) = (n.to_string(), bytes.to_string());
-    let mut server = End::start(&["serve", &b, &port, &n, what, &bytes], false, settings);
+    let mut server = End::start(&["serve", &b, &port, &n, what, &bytes], false, settings[0]);
     server.says("listening");
-    let client = End::start(&["connect", &a, &b, &port, &n, what, &bytes], false, settings);
+    let client = End::start(&["connect", &a, &b, &port, &n, what, &bytes], false, settings[1]);
     let client = client.ends("done");
     (server.ends("served"), client)
 }
@@ -215,5 +220,77 @@ fn without_a_link_the_stream_goes_on_by_tcp() {
         let (client, server) = (client.ends("done"), server.ends("served"));
         assert_eq!((client.rdma, server.rdma), (1, 1), "{what}: {client:?} {server:?}");
         assert_eq!((client.back, server.back), (1, 1), "{what}: {client:?} {server:?}");
+    }
+}
+
+/// The devices of each end that has two, the server's first.
+const TWO: [(&str, &str); 2] = [("SMC_TEST_DEVICES", "rxe1 rxe3"), ("SMC_TEST_DEVICES", "rxe0 rxe2")];
+
+/// `slow`, at both ends with two devices, up to where the client says "open": 20 connections.
+fn slow_over_two(settings: &[(&str, &str)]) -> (End, End) {
+    let ([a, b], port) = (ends(), port().to_string());
+    let with = |i: usize| [&TWO[i..=i], settings].concat();
+    let mut server = End::start(&["serve", &b, &port, "21", "slow", "0"], false, &with(0));
+    server.says("listening");
+    let mut client = End::start(&["connect", &a, &b, &port, "20", "slow", "640"], false, &with(1));
+    client.says("open");
+    (server, client)
+}
+
+/// The client of [`slow_over_two`] goes on to its end, all by RDMA.
+fn goes_on(mut client: End) {
+    client.child.stdin.take().unwrap().write_all(b"\n").unwrap();
+    let client = client.ends("done");
+    assert_eq!((client.rdma, client.tcp, client.back), (20, 0, 0), "{client:?}");
+    assert_eq!(client.rdma_rx, 19 * 640 + 8);
+}
+
+/// Packets that a device has sent.
+fn sent_by(device: &str) -> u64 {
+    let at = format!("/sys/class/infiniband/{device}/ports/1/hw_counters/sent_pkts");
+    std::fs::read_to_string(at).unwrap().trim().parse().unwrap()
+}
+
+/// With a second device at both ends a link group has two links, and its connections go by both. When all are closed
+/// nothing is left on either.
+#[test]
+#[ignore = "needs SMC_TEST_RDMA"]
+fn connections_go_by_two_links() {
+    let (before, packets) = (resources(), ["rxe2", "rxe3"].map(sent_by));
+    let (mut server, client) = slow_over_two(&[]);
+    let [pairs, regions] = resources();
+    assert_eq!(pairs - before[0], 4, "two at each end");
+    assert_eq!(regions - before[1], 4 * (2 * 20 + 2), "every ring with both");
+    goes_on(client);
+    for (device, before) in ["rxe2", "rxe3"].into_iter().zip(packets) {
+        assert!(sent_by(device) > before + 100, "{device} has carried nothing");
+    }
+    let more = |now: [usize; 2]| now.iter().zip(before).any(|(now, before)| *now > before);
+    while more(resources()) {
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert!(server.child.try_wait().unwrap().is_none());
+}
+
+/// One of two links fails in mid-stream, at either end: everything goes on by the other.
+#[test]
+#[ignore = "needs SMC_TEST_RDMA"]
+fn a_stream_goes_on_by_the_other_link() {
+    let cases =
+        [(1, "up", 3_000_000, "17:1"), (1, "down", 3_000_000, "17:1"), (1, "both", 2_000_000, "17:1")];
+    for (n, what, bytes, after) in
+        cases.into_iter().chain([(1, "both", 500_000, "3:1"), (6, "echo", 6400, "9:1")])
+    {
+        for breaks in 0..2 {
+            let mut settings = [vec![TWO[0]], vec![TWO[1]]];
+            settings[breaks].push(("SMC_TEST_BREAK", after));
+            let [server, client] = &settings;
+            let (server, client) = pair_with(n, what, bytes, [server, client]);
+            let told = format!("{what} {breaks} {after}: {server:?} {client:?}");
+            for end in [&server, &client] {
+                assert_eq!((end.rdma, end.tcp, end.back), (n, 0, 0), "{told}");
+            }
+            assert_eq!((server.rdma_tx, server.rdma_rx), (client.rdma_rx, client.rdma_tx), "{told}");
+        }
     }
 }

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! What the command writes is lost with the VM. It has two ends in one network namespace, `rxe0` with 10.77.0.1 and
-//! `rxe1` with 10.77.0.2, whose packets cross a pair of veth devices. `SMC_TEST_RDMA` tells tests of both.
+//! `rxe1` with 10.77.0.2, whose packets cross a pair of veth devices. `SMC_TEST_RDMA` tells tests of both. Each end has
+//! another device for second links, on another such pair: `rxe2` with 10.77.0.3 and `rxe3` with 10.77.0.4.
 
 use std::fs;
 use std::io;

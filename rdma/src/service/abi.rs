@@ -141,11 +141,16 @@ pub(super) fn own(fd: i32) {
     }
 }
 
-/// Closes a descriptor of ours.
-pub(crate) fn close(fd: i32) {
+/// A descriptor is about to be closed, and its number anybody's.
+pub(super) fn disown(fd: i32) {
     if let Some(h) = host() {
         (h.disown)(fd);
     }
+}
+
+/// Closes a descriptor of ours.
+pub(crate) fn close(fd: i32) {
+    disown(fd);
     sys::close(fd);
 }
 

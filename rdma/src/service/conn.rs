@@ -32,7 +32,7 @@ use smc::wire::smcr::Diagnosis;
 use super::back;
 use super::flow::{Broken, Ends, Flow};
 use super::greeting::{Around, Greeting};
-use super::link::{Event, Link};
+use super::links::{Event, Links};
 use super::nic::Place;
 use super::page::Page;
 use super::tcp;
@@ -112,7 +112,7 @@ impl Conn {
     /// A connection whose handshake begins.
     pub fn new(page: Page, place: Option<Place>, at: &mut Around<'_>) -> Self {
         let (tcp, client) = (page.conn().tcp, page.conn().side == Side::Connect as u32);
-        let (greeting, first) = Greeting::new(client, place.as_ref(), at.common, at.now);
+        let (greeting, first) = Greeting::new(client, place.as_ref(), at);
         let phase = Phase::Greeting(greeting);
         let (closed, hurried, hung_up) = (false, false, false);
         let (notes, mail, trailing) = (Vec::new(), VecDeque::new(), None);
@@ -228,7 +228,7 @@ impl Conn {
         };
         // A peer that breaks the rules now has nothing more to say that counts.
         let heard = f.listen(&mut self.mail).unwrap_or(true);
-        let said = f.transmit(at.lgrs, at.id).unwrap_or(false);
+        let said = f.transmit(at.lgrs, at.id, at.now).unwrap_or(false);
         if f.is_done(at.lgrs, self.hurried)
             && let Some(f) = self.trailing.take()
         {
@@ -344,7 +344,7 @@ impl Conn {
         {
             let steps = match e {
                 Event::Ready => vec![g.clc.linked(Ok(()))],
-                Event::Ended(why) => vec![g.clc.give_up(Link::diagnosis(why))],
+                Event::Ended(why) => vec![g.clc.give_up(Links::diagnosis(why))],
                 Event::Keyed(index, ok) => g.resume(Some((index, ok)), self.place.as_ref(), &self.page, at),
                 Event::Look => g.resume(None, self.place.as_ref(), &self.page, at),
                 // The peer may be ready before we are.
@@ -352,7 +352,8 @@ impl Conn {
                     g.early.push(m);
                     Vec::new()
                 }
-                Event::Sent(..) => Vec::new(),
+                // Nothing was sent yet that could be lost.
+                Event::Sent(..) | Event::Moved(_) | Event::Gone | Event::Deleted(_) => Vec::new(),
             };
             steps.into_iter().for_each(|s| self.step(s, at));
         }
@@ -432,7 +433,8 @@ impl Conn {
     fn carry(&mut self, at: &mut Around<'_>) -> Result<bool, Broken> {
         let Phase::Rdma(f) = &mut self.phase else { return Ok(true) };
         let heard = f.listen(&mut self.mail)?;
-        let moved = heard | f.exchange(&self.page, self.closed, self.tcp)? | f.transmit(at.lgrs, at.id)?;
+        let moved =
+            heard | f.exchange(&self.page, self.closed, self.tcp)? | f.transmit(at.lgrs, at.id, at.now)?;
         if f.kin && f.ended.is_none() && self.tcp >= 0 && back::is_here(self.tcp, f.part.seat.token) {
             // The peer has found out first; we do with that.
             at.lgrs.fail(f.part.seat.lgr, at.now);

@@ -2,13 +2,13 @@
 
 use std::collections::VecDeque;
 
-use smc::smcr::Misbehaved;
-use smc::smcr::group::{Ended, Key};
+use smc::smcr::group::Ended;
 use smc::smcr::stream::Stream;
+use smc::smcr::{Misbehaved, Ms};
 use smc::wire::smcr::cdc::Cdc;
 
 use super::lgr::{Lgrs, Part};
-use super::link::Event;
+use super::links::{Event, Unsent};
 use super::page::Page;
 use super::tcp;
 
@@ -29,8 +29,6 @@ pub struct Flow {
     pub part: Part,
     /// The machine.
     pub stream: Stream,
-    /// The peer's RMBE.
-    pub peer: Key,
     /// The peer is libsmc.
     pub kin: bool,
     /// How far the program and the peer know of each other's ends.
@@ -72,31 +70,37 @@ impl Flow {
             match e {
                 Event::Cdc(m) => self.heard(&m)?,
                 Event::Sent(_, seq) => _ = self.stream.completed(seq),
+                Event::Moved(_) => self.stream.failover(),
+                Event::Gone => self.stream.old_link_gone(),
                 Event::Ended(why) => self.ended = Some(why),
-                Event::Ready | Event::Keyed(..) | Event::Look => {}
+                Event::Ready | Event::Keyed(..) | Event::Deleted(_) | Event::Look => {}
             }
         }
         Ok(some)
     }
 
     /// What there is to say goes by the link, as far as it has room; `id` hears when it has more. False: nothing.
-    pub fn transmit(&mut self, lgrs: &mut Lgrs, id: u32) -> Result<bool, Broken> {
-        let (lgr, token) = (self.part.seat.lgr, self.part.seat.token);
+    pub fn transmit(&mut self, lgrs: &mut Lgrs, id: u32, now: Ms) -> Result<bool, Broken> {
+        let seat = &self.part.seat;
         let mut moved = false;
         while self.ended.is_none()
-            && let Some(link) = lgrs.link(lgr)
+            && let Some(links) = lgrs.links(seat.lgr)
         {
-            if !link.has_room() {
-                lgrs.starve(lgr, id);
+            if !links.has_room(seat.token) {
+                lgrs.starve(seat, id);
                 break;
             }
             let Some(t) = self.stream.poll_transmit() else { break };
-            link.transmit(token, &t, &self.part.buffer, self.peer).map_err(|_| Broken)?;
-            lgrs.sent(lgr);
             moved = true;
+            match links.transmit(seat.token, &t, now) {
+                Ok(()) => lgrs.sent(seat),
+                // What has not gone goes by the next link, or back to TCP.
+                Err(Unsent::Link) => break,
+                Err(Unsent::Connection) => return Err(Broken),
+            }
         }
         if moved {
-            lgrs.heat(lgr);
+            lgrs.heat(seat.lgr);
         }
         Ok(moved)
     }
@@ -179,6 +183,6 @@ impl Flow {
         // A peer that has not closed writes, as long as it does not know.
         let over =
             self.ended.is_none() && self.has_told() && (heard.closed || heard.abort || hurried && self.kin);
-        over || lgrs.link(self.part.seat.lgr).is_none()
+        over || lgrs.links(self.part.seat.lgr).is_none()
     }
 }

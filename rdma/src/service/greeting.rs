@@ -8,21 +8,21 @@
 //!                    first contact ── Confirm ── CONFIRM LINK ──> done
 //! ```
 //!
-//! A link group has one link: release 2.1 lets either end ask for that.
+//! A link group has two links where both ends have a second device: release 2.1 lets either ask for one.
 
 use smc::smcr::Ms;
-use smc::smcr::group::{Key, Port, Role, Terms};
+use smc::smcr::group::{Key, Port, Role, Slot, Terms};
 use smc::smcr::rendezvous::{Rendezvous, Step, agreed, common_eid};
 use smc::smcr::stream::{Sizes, Stream};
 use smc::sys;
 use smc::wire::smcr::cdc::Cdc;
 use smc::wire::smcr::clc::{Endpoint, FirstContact, LIBSMC, Local, OfferV2, PartV2, Proposal};
-use smc::wire::smcr::{Diagnosis, Eid, Few, PeerId, RmbeSize, Version};
+use smc::wire::smcr::{Diagnosis, Eid, Few, Gid, PeerId, RmbeSize, Version};
 
 use super::flow::{Ends, Flow};
-use super::lgr::{Found, Lgrs, Part, Seat, Who};
-use super::link::Half;
-use super::nic::Place;
+use super::lgr::{Found, Lgrs, Part, Peer, Seat, Who};
+use super::link::Link;
+use super::nic::{self, Nic, Place};
 use super::page::Page;
 use crate::device::Domain;
 
@@ -51,6 +51,8 @@ pub struct Around<'a> {
     pub common: &'a Common,
     /// The link groups.
     pub lgrs: &'a mut Lgrs,
+    /// The devices.
+    pub nics: &'a [Nic],
     /// The connection's number in the service.
     pub id: u32,
     /// The time.
@@ -62,7 +64,7 @@ pub struct Around<'a> {
 struct Mine {
     part: Part,
     /// First contact: the queue pair, before the other end is known.
-    half: Option<Half>,
+    half: Option<Link>,
     size: RmbeSize,
 }
 
@@ -73,8 +75,8 @@ enum Wait {
     Nothing,
     /// Server: for a group in the making.
     Group(Proposal),
-    /// For the answer to CONFIRM RKEY; then this is what our end is.
-    Key(Endpoint),
+    /// For the answer to CONFIRM RKEY; then our end is told, with a ring of that size.
+    Key(Eid, RmbeSize),
 }
 
 /// See the module.
@@ -115,7 +117,8 @@ fn host() -> [u8; 32] {
 
 impl Greeting {
     /// The beginning; with what a client says first. Without a place that is a Decline, as is a server's answer.
-    pub fn new(client: bool, place: Option<&Place>, common: &Common, now: Ms) -> (Self, Option<Step>) {
+    pub fn new(client: bool, place: Option<&Place>, at: &Around<'_>) -> (Self, Option<Step>) {
+        let (common, now) = (at.common, at.now);
         let (gid, mac) = place.map_or_else(Default::default, |p| (p.gid.gid, p.gid.mac));
         let (m, [a, b]) = (mac.0, common.salt);
         let me = PeerId([a, b, m[0], m[1], m[2], m[3], m[4], m[5]]);
@@ -124,7 +127,7 @@ impl Greeting {
             release: RELEASE,
             gid: local.gid,
             max_conns: MAX_CONNS,
-            max_links: 1,
+            max_links: place.map_or(1, |p| max_links(p, at.nics)),
             eids: Few::of(&common.eids).unwrap_or_default(),
             ..OfferV2::default()
         });
@@ -196,7 +199,10 @@ impl Greeting {
                 self.wait = Wait::Group(*p);
                 None
             }
-            Found::Ready(lgr) => self.join(lgr, eid, page, at).err().map(Err),
+            Found::Ready(lgr) => {
+                let slot = at.lgrs.links(lgr).and_then(|k| k.least()).ok_or(Diagnosis::NO_ACTIVE_LINK);
+                slot.and_then(|s| self.join(lgr, s, eid, page, at)).err().map(Err)
+            }
             Found::Nothing => Some(self.first(who, &offer, place, page, at)),
         }
     }
@@ -216,13 +222,13 @@ impl Greeting {
             release: offer.release.min(RELEASE),
             host: host(),
             max_conns: offer.max_conns,
-            max_links: 1,
+            max_links: offer.max_links.min(max_links(place, at.nics)),
             features: 0,
             vendor: LIBSMC,
         };
         let mine = Mine::new(who, place, page, at)?;
         let v2 = PartV2 { eid: who.eid, first: Some(first), gids: Few::new() };
-        let accept = mine.endpoint(&self.local, v2, at.lgrs);
+        let accept = mine.endpoint(&self.local, v2);
         self.mine = Some(mine);
         let accept = accept.ok_or(Diagnosis::INTERNAL)?;
         self.accept = Some(accept);
@@ -230,13 +236,25 @@ impl Greeting {
     }
 
     /// A connection of a group that there is: the peer is told of our buffer.
-    fn join(&mut self, lgr: u32, eid: Eid, page: &Page, at: &mut Around<'_>) -> Result<(), Diagnosis> {
-        let mine = Mine::joining(lgr, page, at)?;
-        let v2 = PartV2 { eid, first: None, gids: Few::new() };
-        let end = mine.endpoint(&self.local, v2, at.lgrs);
+    fn join(
+        &mut self,
+        lgr: u32,
+        slot: Slot,
+        eid: Eid,
+        page: &Page,
+        at: &mut Around<'_>,
+    ) -> Result<(), Diagnosis> {
+        let mine = Mine::joining((lgr, slot), page, at)?;
+        self.wait = Wait::Key(eid, mine.size);
         self.mine = Some(mine);
-        self.wait = Wait::Key(end.ok_or(Diagnosis::NO_ACTIVE_LINK)?);
         Ok(())
+    }
+
+    /// Our end, by the link that it goes by now.
+    fn end(&self, eid: Eid, size: RmbeSize, lgrs: &mut Lgrs) -> Option<Endpoint> {
+        let (seat, v2) = (self.seat()?, PartV2 { eid, first: None, gids: Few::new() });
+        let (own, key) = lgrs.links(seat.lgr)?.end(seat.token)?;
+        Some(endpoint(&self.local, &own, key, (seat.token, size), v2))
     }
 
     /// What was waited for is there: the peer knows our buffer, or will not; or another look at the groups is due.
@@ -252,8 +270,14 @@ impl Greeting {
                 let choice = self.choose(&p, place, page, at);
                 choice.map(|c| self.clc.chosen(c, at.now)).into_iter().collect()
             }
-            (Wait::Key(end), Some((index, ok))) if self.is_buffer(index) => {
-                let end = if ok { Ok(end) } else { Err(Diagnosis::NO_MEMORY) };
+            (Wait::Key(eid, size), Some((index, ok))) if self.is_buffer(index) => {
+                if let Some(seat) = self.seat().filter(|_| !self.client)
+                    && let Some(links) = at.lgrs.links(seat.lgr)
+                {
+                    links.choose(seat.token);
+                }
+                let end = self.end(eid, size, at.lgrs).ok_or(Diagnosis::NO_ACTIVE_LINK);
+                let end = if ok { end } else { Err(Diagnosis::NO_MEMORY) };
                 if self.client {
                     self.clc.prepared(end.map(Some).map_err(|why| (why, false)), at.now)
                 } else {
@@ -321,8 +345,8 @@ impl Greeting {
             vendor: LIBSMC,
             ..f
         });
-        let gids = Few::of(&[self.local.gid]).unwrap_or_default();
-        let confirm = mine.endpoint(&self.local, PartV2 { eid: part.eid, first, gids }, at.lgrs);
+        let gids = gids(&self.local, at.nics);
+        let confirm = mine.endpoint(&self.local, PartV2 { eid: part.eid, first, gids });
         self.mine = Some(mine);
         let mut confirm = confirm.ok_or(Diagnosis::INTERNAL)?;
         confirm.mtu = confirm.mtu.min(accept.mtu);
@@ -342,12 +366,15 @@ impl Greeting {
         let (max_links, max_conns) = (agreed.max_links, agreed.max_conns);
         let terms = Terms { role, version: Version::V2, max_links, max_conns };
         let Local { mac, gid, .. } = peer.local;
-        let other = Port { mac, gid, qpn: peer.qpn, psn: peer.psn, mtu: peer.mtu.min(half.own.mtu) };
-        let kin = peer.v2.and_then(|v| v.first).is_some_and(|f| f.vendor == LIBSMC);
-        let own = Key { rkey: mine.part.rmb.rkey(), addr: mine.part.rmb.address() };
-        let keys = (own, Key { rkey: peer.rkey, addr: peer.rmb });
+        let theirs = Peer {
+            port: Port { mac, gid, qpn: peer.qpn, psn: peer.psn, mtu: peer.mtu.min(half.own.mtu) },
+            key: key_of(peer),
+            offset: offset_of(peer),
+            kin: peer.v2.and_then(|v| v.first).is_some_and(|f| f.vendor == LIBSMC),
+            ports: peer.v2.map(|v| v.gids.iter().copied().collect()).unwrap_or_default(),
+        };
         let not_ready = |_| Diagnosis::INTERNAL_READY_LINK;
-        at.lgrs.begin(&mine.part.seat, half, (other, kin), terms, keys, at.now).map_err(not_ready)?;
+        at.lgrs.begin(&mine.part, half, theirs, terms, at.now).map_err(not_ready)?;
         self.flow(peer, at)
     }
 
@@ -355,7 +382,7 @@ impl Greeting {
     fn known(&mut self, peer: &Endpoint, at: &mut Around<'_>) -> Result<(), Diagnosis> {
         let mine = self.mine.as_ref().filter(|m| m.half.is_none()).ok_or(Diagnosis::SYNC_ERROR)?;
         // A buffer that the link has not told of is not this peer's.
-        if !at.lgrs.claim(&mine.part.seat, Key { rkey: peer.rkey, addr: peer.rmb }) {
+        if !at.lgrs.claim(&mine.part.seat, key_of(peer), offset_of(peer)) {
             return Err(Diagnosis::INTERNAL_RTOKEN);
         }
         self.flow(peer, at)
@@ -370,12 +397,14 @@ impl Greeting {
     ) -> Result<(), (Diagnosis, bool)> {
         let eid = accept.v2.map(|v| v.eid).ok_or((Diagnosis::VERSION_MISMATCH, false))?;
         let who = self.who(Role::Client, accept.local.peer, eid, page);
-        let lgr = at.lgrs.named(&who, accept.qpn, &accept.local.gid).ok_or((Diagnosis::SYNC_ERROR, true))?;
+        // Of a group that is known the link may have been lost meanwhile.
+        let none =
+            |known| if known { (Diagnosis::NO_SUCH_LINK, false) } else { (Diagnosis::SYNC_ERROR, true) };
+        let (lgr, slot) = at.lgrs.named(&who, accept.qpn, &accept.local.gid).map_err(none)?;
         let sure = |why| (why, false);
-        self.join(lgr, eid, page, at).map_err(sure)?;
+        self.join(lgr, slot, eid, page, at).map_err(sure)?;
         let seat = self.mine.as_ref().map(|m| &m.part.seat);
-        let key = Key { rkey: accept.rkey, addr: accept.rmb };
-        if !seat.is_some_and(|s| at.lgrs.claim(s, key)) {
+        if !seat.is_some_and(|s| at.lgrs.claim(s, key_of(accept), offset_of(accept))) {
             return Err(sure(Diagnosis::INTERNAL_RTOKEN));
         }
         self.flow(accept, at).map_err(sure)
@@ -384,16 +413,34 @@ impl Greeting {
     /// The connection is on its link.
     fn flow(&mut self, peer: &Endpoint, at: &mut Around<'_>) -> Result<(), Diagnosis> {
         let Mine { part, size, .. } = self.mine.take().ok_or(Diagnosis::INTERNAL)?;
-        // Of an RMB with several RMBEs, ours is one.
-        let offset = u64::from(peer.rmbe.saturating_sub(1)) * u64::from(peer.size.bytes());
-        let key = Key { rkey: peer.rkey, addr: peer.rmb.wrapping_add(offset) };
         let sizes = Sizes { send: size.bytes(), peer: peer.size.bytes(), own: size.bytes() };
         let (stream, kin) = (Stream::new(sizes, peer.token), at.lgrs.is_kin(part.seat.lgr));
-        let link = at.lgrs.link(part.seat.lgr);
-        let held = link.is_some_and(|l| l.attach(&part.rmb).and_then(|()| l.attach(&part.buffer)).is_ok());
-        self.flow = Some(Flow { part, stream, peer: key, kin, ends: Ends::default(), ended: None });
-        if held { Ok(()) } else { Err(Diagnosis::INTERNAL_READY_LINK) }
+        self.flow = Some(Flow { part, stream, kin, ends: Ends::default(), ended: None });
+        Ok(())
     }
+}
+
+/// Links that a group may have: another, if there is another device.
+fn max_links(place: &Place, nics: &[Nic]) -> u8 {
+    if nic::others(nics, &place.gid.gid).is_empty() { 1 } else { 2 }
+}
+
+/// The addresses that links may end at, the first one's first.
+fn gids(local: &Local, nics: &[Nic]) -> Few<Gid, 8> {
+    let mut all = Few::new();
+    let mut others = nic::others(nics, &local.gid).into_iter();
+    let _ = all.push(local.gid);
+    while others.next().is_some_and(|g| all.push(g)) {}
+    all
+}
+
+fn key_of(peer: &Endpoint) -> Key {
+    Key { rkey: peer.rkey, addr: peer.rmb }
+}
+
+/// Of an RMB with several RMBEs, one is the connection's.
+fn offset_of(peer: &Endpoint) -> u64 {
+    u64::from(peer.rmbe.saturating_sub(1)) * u64::from(peer.size.bytes())
 }
 
 impl Mine {
@@ -402,47 +449,51 @@ impl Mine {
         let r = random();
         let psn = u32::from_be_bytes([0, r[0], r[1], r[2]]);
         let domain = Domain::new(&place.nic.device).map_err(|_| Diagnosis::NO_MEMORY)?;
-        let half = Half::new(&domain, place, psn).map_err(|_| Diagnosis::NO_MEMORY)?;
+        let half = Link::new(&domain, place, psn).map_err(|_| Diagnosis::NO_MEMORY)?;
         let (rmb, buffer) = page.register(&domain).map_err(|_| Diagnosis::NO_MEMORY)?;
         let size = ring_of(page)?;
-        let seat = at.lgrs.found(who, &domain, at.id, at.now);
+        let seat = at.lgrs.found(who, at.id, at.now);
         Ok(Self { part: Part { seat, rmb, buffer }, half: Some(half), size })
     }
 
     /// For a group that there is.
-    fn joining(lgr: u32, page: &Page, at: &mut Around<'_>) -> Result<Self, Diagnosis> {
+    fn joining((lgr, slot): (u32, Slot), page: &Page, at: &mut Around<'_>) -> Result<Self, Diagnosis> {
         let domain = at.lgrs.domain(lgr).ok_or(Diagnosis::NO_ACTIVE_LINK)?;
         let (rmb, buffer) = page.register(&domain).map_err(|_| Diagnosis::NO_MEMORY)?;
         let size = ring_of(page)?;
-        let seat: Seat = at.lgrs.seat(lgr, at.id).ok_or(Diagnosis::NO_ACTIVE_LINK)?;
+        let seat: Seat = at.lgrs.seat(lgr, slot, at.id).ok_or(Diagnosis::NO_ACTIVE_LINK)?;
         let mut part = Part { seat, rmb, buffer };
-        if !at.lgrs.tell_buffer(&mut part.seat, &part.rmb, at.now) {
+        if !at.lgrs.tell_buffer(&mut part, at.now) {
             at.lgrs.leave(part, at.now);
             return Err(Diagnosis::NO_MEMORY);
         }
         Ok(Self { part, half: None, size })
     }
 
-    /// What the peer is told of this.
-    fn endpoint(&self, local: &Local, v2: PartV2, lgrs: &mut Lgrs) -> Option<Endpoint> {
+    /// What the peer is told of a first contact's.
+    fn endpoint(&self, local: &Local, v2: PartV2) -> Option<Endpoint> {
         let Part { seat, rmb, .. } = &self.part;
-        let own = match &self.half {
-            Some(half) => half.own,
-            None => lgrs.link(seat.lgr)?.own()?,
-        };
-        Some(Endpoint {
-            first_contact: self.half.is_some(),
-            local: *local,
-            qpn: own.qpn,
-            rkey: rmb.rkey(),
-            rmbe: 1,
-            token: seat.token,
-            size: self.size,
-            mtu: own.mtu,
-            rmb: rmb.address(),
-            psn: own.psn,
-            v2: Some(v2),
-        })
+        let key = Key { rkey: rmb.rkey(), addr: rmb.address() };
+        let own = &self.half.as_ref()?.own;
+        Some(Endpoint { first_contact: true, ..endpoint(local, own, key, (seat.token, self.size), v2) })
+    }
+}
+
+/// An end of a link as a connection's peer is told of it: the link's own address, the buffer's key there, the
+/// connection's token and the size of its ring.
+fn endpoint(local: &Local, own: &Port, key: Key, (token, size): (u32, RmbeSize), v2: PartV2) -> Endpoint {
+    Endpoint {
+        first_contact: false,
+        local: Local { gid: own.gid, mac: own.mac, ..*local },
+        qpn: own.qpn,
+        rkey: key.rkey,
+        rmbe: 1,
+        token,
+        size,
+        mtu: own.mtu,
+        rmb: key.addr,
+        psn: own.psn,
+        v2: Some(v2),
     }
 }
 

@@ -1,4 +1,4 @@
-//! A link group over verbs: its queue pair, the messages on it, and whose they are.
+//! One link: a queue pair, what is under way on it, and whose that is.
 //!
 //! What is under way has a number: a receive that of its buffer, a SEND that of its place, where it is noted whose
 //! message it is. Data leaves [`KEPT`] places free: LLC must be answered. What finds none waits, in order, and goes
@@ -8,17 +8,15 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
-use smc::smcr::Ms;
-use smc::smcr::group::{Action, Ended, Group, Key, LINKS, Port, Role, Terms};
+use smc::smcr::group::{Key, Port};
 use smc::smcr::stream::Transmit;
-use smc::wire::smcr::cdc::{self, Cdc};
-use smc::wire::smcr::llc::DeleteReason;
+use smc::wire::smcr::cdc;
 use smc::wire::smcr::llc::Llc;
-use smc::wire::smcr::{Diagnosis, Gid};
 
+use super::abi;
 use super::nic::Place;
 use crate::completion::{Completion, CompletionQueue};
-use crate::device::{Domain, Event as Told};
+use crate::device::{Device, Domain};
 use crate::memory::{Access, Region};
 use crate::queue_pair::{Depth, Piece, QueuePair, Remote};
 
@@ -30,8 +28,8 @@ const RECEIVE_LEN: u32 = 8192;
 const SENDS: u32 = 32;
 /// Places that data may not take.
 const KEPT: usize = 4;
-/// Bytes in each; ADD LINK of version 2 with few keys.
-const SEND_LEN: u32 = 256;
+/// Bytes in each: ADD LINK of version 2 with 255 keys has 4152.
+const SEND_LEN: u32 = 4352;
 /// Completions that there can be at once.
 const MOST_COMPLETIONS: usize = (RECEIVES + SENDS * 4) as usize;
 /// LLC messages that wait. A peer that asks for more answers than this gives nothing back.
@@ -39,39 +37,22 @@ const MOST_WAITING: usize = 1024;
 /// In a completion's number: a SEND.
 const IS_SEND: u64 = 1 << 63;
 
-/// What has happened on a link.
+/// What a completion means.
 #[derive(Debug)]
-pub enum Event {
-    /// A CDC message.
-    Cdc(Cdc),
-    /// The CDC message of the connection with that token and all before it have arrived.
-    Sent(u32, u16),
-    /// First contact is complete.
-    Ready,
-    /// The link group has ended.
-    Ended(Ended),
-    /// The peer may write to our buffer of that index; or will not.
-    Keyed(usize, bool),
-    /// Nothing by itself: what was waited for may be there.
-    Look,
-}
-
-/// A queue pair before the other end is known.
-#[derive(Debug)]
-pub struct Half {
-    qp: QueuePair,
-    sends: Arc<Region>,
-    receives: Arc<Region>,
-    /// This end.
-    pub own: Port,
+pub enum Done {
+    /// The message of the connection with that token and all before it have arrived; or an LLC message has.
+    Sent(Option<(u32, u16)>),
+    /// A message.
+    Came(Vec<u8>),
+    /// The queue pair is in error.
+    Failed,
 }
 
 /// See the module.
 #[derive(Debug)]
 pub struct Link {
     qp: QueuePair,
-    group: Group,
-    own_psn: u32,
+    domain: Arc<Domain>,
     sends: Arc<Region>,
     receives: Arc<Region>,
     free: Vec<u32>,
@@ -80,11 +61,12 @@ pub struct Link {
     done: Vec<Completion>,
     /// LLC without a place yet.
     waiting: VecDeque<Llc>,
-    /// The last thing was said, see [`Event::Ended`].
-    over: bool,
+    watched: bool,
+    /// This end.
+    pub own: Port,
 }
 
-impl Half {
+impl Link {
     /// Makes one, receiving from nobody yet.
     pub fn new(domain: &Arc<Domain>, place: &Place, psn: u32) -> io::Result<Self> {
         let device = &place.nic.device;
@@ -96,61 +78,48 @@ impl Half {
         qp.attach(&sends)?;
         qp.attach(&receives)?;
         let own = Port { mac: place.gid.mac, gid: place.gid.gid, qpn: qp.number(), psn, mtu: place.mtu };
-        Ok(Self { qp, sends, receives, own })
-    }
-
-    /// Receives are posted and the queue pair receives from that end: nothing that it sends is too early.
-    pub fn join(self, other: Port, gid: Gid, terms: Terms, keys: (Key, Key), now: Ms) -> io::Result<Link> {
-        let Self { qp, sends, receives, own } = self;
-        let link = Link {
-            group: Group::first_contact(terms, (own, other), keys.0, keys.1, now),
-            own_psn: own.psn,
+        Ok(Self {
+            qp,
+            domain: domain.clone(),
             sends,
             receives,
             free: (0..SENDS).collect(),
             whose: [None; SENDS as usize],
             done: Vec::new(),
             waiting: VecDeque::new(),
-            over: false,
-            qp,
-        };
-        (0..RECEIVES).try_for_each(|i| link.receive(i))?;
-        let remote = Remote { qpn: other.qpn, gid, psn: other.psn, mtu: other.mtu, hop_limit: 1 };
-        link.qp.ready_to_receive(&remote)?;
-        // A client sends when it is asked to confirm the link.
-        if terms.role == Role::Server {
-            link.qp.ready_to_send(own.psn)?;
-        }
-        Ok(link)
+            watched: false,
+            own,
+        })
     }
-}
 
-impl Link {
+    /// Receives are posted and the queue pair receives from that end: nothing that it sends is too early.
+    pub fn listen(&self, other: &Port) -> io::Result<()> {
+        (0..RECEIVES).try_for_each(|i| self.receive(i))?;
+        let Port { gid, qpn, psn, .. } = *other;
+        let remote = Remote { qpn, gid, psn, mtu: other.mtu.min(self.own.mtu), hop_limit: 1 };
+        self.qp.ready_to_receive(&remote)
+    }
+
+    /// It may send. (A client does when it is asked to confirm the link.)
+    pub fn talk(&self) -> io::Result<()> {
+        self.qp.ready_to_send(self.own.psn)
+    }
+
+    /// What its memory is registered in.
+    #[must_use]
+    pub fn domain(&self) -> &Arc<Domain> {
+        &self.domain
+    }
+
+    /// Whether it goes by that device.
+    #[must_use]
+    pub fn is_of(&self, device: &Arc<Device>) -> bool {
+        Arc::ptr_eq(self.domain.device(), device)
+    }
+
     /// Holds the regions of a connection.
     pub fn attach(&self, region: &Arc<Region>) -> io::Result<()> {
         self.qp.attach(region)
-    }
-
-    /// Becomes readable when an armed link has something.
-    #[must_use]
-    pub fn fd(&self) -> i32 {
-        self.qp.completions().fd()
-    }
-
-    /// When [`Self::progress`] is due for the time alone.
-    #[must_use]
-    pub fn deadline(&self) -> Option<Ms> {
-        self.group.deadline()
-    }
-
-    /// Why it is no link any more, as a handshake says it.
-    #[must_use]
-    pub fn diagnosis(ended: Ended) -> Diagnosis {
-        match ended {
-            Ended::Timeout => Diagnosis::TIMEOUT_CONFIRM_LINK,
-            Ended::Eyecatcher => Diagnosis::RMBE_EYECATCHER,
-            _ => Diagnosis::NO_ACTIVE_LINK,
-        }
     }
 
     /// Lets go of one that no work under way needs.
@@ -158,41 +127,15 @@ impl Link {
         self.qp.detach(region);
     }
 
-    /// Whether this is the link that a server names so.
-    #[must_use]
-    pub fn leads_to(&self, qpn: u32, gid: &Gid) -> bool {
-        self.group.find(qpn, gid) == Some(0)
-    }
-
-    /// Whether the peer has told, by this link, that it has a buffer there.
-    #[must_use]
-    pub fn peer_has(&self, key: Key) -> bool {
-        let told = self.group.peer_buffer(0, key.rkey).and_then(|i| self.group.peer_key(i, 0));
-        told == Some(key)
-    }
-
-    /// This end.
-    #[must_use]
-    pub fn own(&self) -> Option<Port> {
-        self.group.ends(0).map(|(_, own, _)| own)
-    }
-
-    /// A buffer that the peer is to be told of, which is held from now on; its index.
-    pub fn add_buffer(&mut self, rmb: &Arc<Region>, now: Ms) -> Option<usize> {
-        let mut keys = [None; LINKS];
-        keys[0] = Some(Key { rkey: rmb.rkey(), addr: rmb.address() });
-        self.group.add_buffer(keys, now)
-    }
-
-    /// The peer is told that the buffer is gone.
-    pub fn delete_buffer(&mut self, index: usize) {
-        self.group.delete_buffer(index);
+    /// The descriptor that becomes readable when an armed link has something, if nobody watches it yet.
+    pub fn to_watch(&mut self) -> Option<i32> {
+        (!std::mem::replace(&mut self.watched, true)).then(|| self.qp.completions().fd())
     }
 
     /// Whether data may be sent.
     #[must_use]
     pub fn has_room(&self) -> bool {
-        self.free.len() > KEPT && self.waiting.is_empty() && !self.over
+        self.free.len() > KEPT && self.waiting.is_empty()
     }
 
     /// Whether nothing that was sent is without a completion.
@@ -201,80 +144,16 @@ impl Link {
         self.free.len() == SENDS as usize && self.waiting.is_empty()
     }
 
-    /// The group ends: the peer is told.
-    pub fn terminate(&mut self) {
-        self.group.terminate(DeleteReason::PROGRAM);
-    }
-
     /// The next completion wakes who sleeps. Look once more after this.
     pub fn arm(&self) -> io::Result<()> {
         while self.qp.completions().woken()? {}
         self.qp.completions().arm(false)
     }
 
-    /// The device says that something has failed.
-    pub fn told(&mut self, what: Told, now: Ms) {
-        let ours = match what {
-            Told::QueuePair(qpn) => qpn == self.qp.number(),
-            Told::Fatal => true,
-            _ => false,
-        };
-        if ours {
-            self.group.link_failed(0, now);
-        }
-    }
-
-    /// Does what there is to do, and says what has happened; false: nothing.
-    pub fn progress(&mut self, now: Ms, out: &mut Vec<Event>) -> io::Result<bool> {
-        let mut done = std::mem::take(&mut self.done);
-        done.clear();
-        // All that are there: who has seen the end of TCP's stream knows that nothing that came before is left here.
-        while done.len() < MOST_COMPLETIONS && self.qp.completions().poll(&mut done)? > 0 {}
-        let mut moved = !done.is_empty();
-        let handled = done.iter().try_for_each(|c| self.completed(c, now, out));
-        self.done = done;
-        handled?;
-        if self.group.deadline().is_some_and(|d| d <= now) {
-            self.group.tick(now);
-        }
-        let mut ended = None;
-        while let Some(action) = self.group.poll_action() {
-            moved = true;
-            match action {
-                Action::Ended(why) => ended = Some(why),
-                action => self.act(action, now, out)?,
-            }
-        }
-        if let Some(why) = ended {
-            self.ends(why, now, out)?;
-        }
-        self.send_waiting()?;
-        Ok(moved)
-    }
-
-    /// The end is told behind the last message: a queue pair in error takes no more, and the peer knows that it has sent
-    /// what was taken.
-    fn ends(&mut self, why: Ended, now: Ms, out: &mut Vec<Event>) -> io::Result<()> {
-        self.over = true;
-        let mut last = Vec::new();
-        if why == Ended::NoLink {
-            while last.len() < MOST_COMPLETIONS && self.qp.completions().poll(&mut last)? > 0 {}
-        }
-        // What fails now is nothing new.
-        last.iter().for_each(|c| _ = self.completed(c, now, out));
-        out.push(Event::Ended(why));
-        Ok(())
-    }
-
-    /// The queue pair fails, as by a device's error: for tests.
-    pub fn break_it(&self) {
+    /// The queue pair fails: nothing more goes, and nothing more is taken.
+    pub fn fail(&self) {
         // What has failed before needs no help.
         let _ = self.qp.fail();
-    }
-
-    /// The link is known to be lost.
-    pub fn fail(&mut self, now: Ms) {
-        self.group.link_failed(0, now);
     }
 
     fn receive(&self, index: u32) -> io::Result<()> {
@@ -283,66 +162,69 @@ impl Link {
         self.qp.post_receive(u64::from(index), &into)
     }
 
-    fn completed(&mut self, c: &Completion, now: Ms, out: &mut Vec<Event>) -> io::Result<()> {
-        let whose = (c.id & IS_SEND != 0).then(|| {
-            self.free.push(c.id as u32);
-            self.whose.get_mut(c.id as u32 as usize).and_then(Option::take)
-        });
-        if c.error.is_some() {
-            self.group.link_failed(0, now);
-            return Ok(());
+    /// All that has completed: who has seen the end of TCP's stream knows that nothing that came before is left here.
+    /// False: nothing has.
+    pub fn poll(&mut self, out: &mut Vec<Done>) -> bool {
+        let mut done = std::mem::take(&mut self.done);
+        done.clear();
+        let polled = loop {
+            match self.qp.completions().poll(&mut done) {
+                Ok(0) => break true,
+                Ok(_) if done.len() < MOST_COMPLETIONS => {}
+                Ok(_) => break true,
+                Err(_) => break false,
+            }
+        };
+        done.iter().for_each(|c| self.completed(c, out));
+        if !polled {
+            out.push(Done::Failed);
         }
-        match whose {
-            Some(whose) => out.extend(whose.map(|(token, seq)| Event::Sent(token, seq))),
-            None if c.received => self.arrived(c, now, out)?,
-            None => {}
-        }
-        Ok(())
+        let moved = !done.is_empty() || !polled;
+        self.done = done;
+        moved
     }
 
-    fn arrived(&mut self, c: &Completion, now: Ms, out: &mut Vec<Event>) -> io::Result<()> {
+    fn completed(&mut self, c: &Completion, out: &mut Vec<Done>) {
+        let is_send = c.id & IS_SEND != 0;
+        let mut whose = None;
+        if is_send {
+            self.free.push(c.id as u32);
+            whose = self.whose.get_mut(c.id as u32 as usize).and_then(Option::take);
+        }
+        match c.error {
+            Some(_) => out.push(Done::Failed),
+            None if is_send => out.push(Done::Sent(whose)),
+            None => self.arrived(c, out),
+        }
+    }
+
+    fn arrived(&mut self, c: &Completion, out: &mut Vec<Done>) {
         let index = c.id as u32;
         let mut bytes = vec![0; c.len.min(RECEIVE_LEN) as usize];
-        if !self.receives.get((index * RECEIVE_LEN) as usize, &mut bytes) {
-            return Err(io::Error::other("a completion of nothing that was posted"));
+        let offset = index as usize * RECEIVE_LEN as usize;
+        if !c.received || !self.receives.get(offset, &mut bytes) {
+            // Nothing that was posted: the device's error.
+            return out.push(Done::Failed);
         }
-        self.receive(index)?;
-        if bytes.first() != Some(&cdc::TYPE) {
-            self.group.handle_bytes(0, &bytes, now);
-            return Ok(());
+        out.push(Done::Came(bytes));
+        // What has come has come, also where nothing can come any more.
+        if self.receive(index).is_err() {
+            out.push(Done::Failed);
         }
-        self.group.heard(0, now);
-        // As Linux has it: what is too short is dropped.
-        out.extend(Cdc::decode(&bytes).ok().map(Event::Cdc));
-        Ok(())
     }
 
-    fn act(&mut self, action: Action, now: Ms, out: &mut Vec<Event>) -> io::Result<()> {
-        match action {
-            Action::Send(_, llc) if !self.over => {
-                if self.waiting.len() >= MOST_WAITING {
-                    return Err(io::Error::other("too much to answer"));
-                }
-                self.waiting.push_back(llc);
-                self.send_waiting()?;
-            }
-            Action::ReadyToSend(_) => self.qp.ready_to_send(self.own_psn)?,
-            Action::Ready => out.push(Event::Ready),
-            Action::Lost(..) => {
-                // What has no place would only fail.
-                self.waiting.clear();
-                self.qp.fail()?;
-            }
-            // One link: no other is ever made.
-            Action::Make(slot, _) => _ = self.group.link_made(slot, None, now),
-            Action::Confirmed(index, ok) => out.push(Event::Keyed(index, ok)),
-            Action::Send(..) | Action::Connect(..) | Action::Active(_) | Action::Ended(_) => {}
-            Action::Gone | Action::Asked(_) | Action::Deleted(_) => {}
+    /// An LLC message goes as soon as there is a place. False: too many wait.
+    #[must_use]
+    pub fn say(&mut self, llc: Llc) -> bool {
+        let fits = self.waiting.len() < MOST_WAITING;
+        if fits {
+            self.waiting.push_back(llc);
         }
-        Ok(())
+        fits
     }
 
-    fn send_waiting(&mut self) -> io::Result<()> {
+    /// Sends what waits, as far as there are places.
+    pub fn send_waiting(&mut self) -> io::Result<()> {
         while !self.free.is_empty()
             && let Some(llc) = self.waiting.pop_front()
         {
@@ -373,5 +255,13 @@ impl Link {
             self.qp.post_write(0, &from, (to.rkey, to.addr.wrapping_add(u64::from(w.to))))?;
         }
         self.send(&t.cdc.encode(), Some((token, t.cdc.seq)))
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        if self.watched {
+            abi::disown(self.qp.completions().fd());
+        }
     }
 }

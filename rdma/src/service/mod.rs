@@ -7,7 +7,8 @@
 //! | [`greeting`] | the handshake |
 //! | [`flow`] | between the page and the link |
 //! | [`lgr`] | the link groups: who is in which, and what has come for whom |
-//! | [`link`] | the link of one, over verbs |
+//! | [`links`] | the links of one, over verbs: which member goes by which |
+//! | [`link`] | one link: a queue pair |
 //! | [`page`] | the peer's side of the page |
 //! | [`back`] | how two ends go back to TCP without a link |
 //! | [`tcp`] | the TCP stream beneath |
@@ -27,6 +28,7 @@ pub mod flow;
 pub mod greeting;
 pub mod lgr;
 pub mod link;
+pub mod links;
 pub mod nic;
 pub mod page;
 pub mod tcp;
@@ -149,8 +151,8 @@ impl Service {
         core.next = core.next.wrapping_add(1);
         let (bell, tcp) = (page.conn().bell, page.conn().tcp);
         [bell, tcp].into_iter().for_each(abi::own);
-        let Core { common, lgrs, .. } = &mut *core;
-        let conn = Conn::new(page, place, &mut Around { common, lgrs, id, now });
+        let Core { common, lgrs, nics, .. } = &mut *core;
+        let conn = Conn::new(page, place, &mut Around { common, lgrs, nics, id, now });
         core.all.insert(id, Served { conn, hot: true, idle: 0 });
         core.hot.push(id);
         abi::watch(core.set, bell, source::BELL << 32 | u64::from(id));
@@ -210,9 +212,11 @@ impl Service {
     }
 }
 
-/// `SMC_TEST_BREAK=N`, for tests: the link of every Nth message fails.
-fn test_breaks() -> u32 {
-    std::env::var("SMC_TEST_BREAK").ok().and_then(|n| n.parse().ok()).unwrap_or(0)
+/// `SMC_TEST_BREAK=N`, for tests: the link of every Nth message fails; `N:TIMES`: so often, where another is left.
+fn test_breaks() -> (u32, Option<u32>) {
+    let told = std::env::var("SMC_TEST_BREAK").unwrap_or_default();
+    let (n, times) = told.split_once(':').unwrap_or((&told, ""));
+    (n.parse().unwrap_or(0), times.parse().ok())
 }
 
 impl Core {
@@ -263,7 +267,7 @@ impl Core {
         while let Some(nic) = self.nics.get(at)
             && let Ok(Some(what)) = nic.device.event()
         {
-            self.lgrs.told(what, now);
+            self.lgrs.told(&nic.device, what, now);
         }
     }
 
@@ -272,7 +276,7 @@ impl Core {
         let now = self.now();
         let mut mail = std::mem::take(&mut self.mail);
         let set = self.set;
-        self.lgrs.turn(now, &mut mail, |lgr, fd| {
+        self.lgrs.turn(now, &self.nics, &mut mail, |lgr, fd| {
             abi::own(fd);
             abi::watch(set, fd, source::LINK << 32 | u64::from(lgr));
         });
@@ -300,9 +304,9 @@ impl Core {
 
     /// One connection; whether it stays hot.
     fn attend(&mut self, id: u32, now: Ms) -> bool {
-        let Self { all, common, lgrs, .. } = self;
+        let Self { all, common, lgrs, nics, .. } = self;
         let Some(s) = all.get_mut(&id) else { return false };
-        let at = &mut Around { common, lgrs, id, now };
+        let at = &mut Around { common, lgrs, nics, id, now };
         let moved = s.conn.work(at);
         let (fd, cookie) = (s.conn.page().conn().fd, s.conn.page().conn().cookie);
         let notes = s.conn.take_notes();

@@ -102,6 +102,12 @@ pub enum Malformed {
 }
 
 impl Cdc {
+    /// Whether `word`, a failover validation, means this message or a later one.
+    #[must_use]
+    pub fn is_known_by(&self, word: &Self) -> bool {
+        !self.flags.failover && (self.seq.wrapping_sub(word.seq) as i16) <= 0
+    }
+
     /// The message as bytes.
     #[must_use]
     pub fn encode(&self) -> [u8; LEN] {
