@@ -294,3 +294,44 @@ fn a_stream_goes_on_by_the_other_link() {
         }
     }
 }
+
+/// A command that changes the VM.
+fn change(words: &str) {
+    let mut words = words.split(' ');
+    let status = Command::new(words.next().unwrap()).args(words).status().unwrap();
+    assert!(status.success());
+}
+
+/// Until programs have so many queue pairs.
+fn until_pairs_are(n: usize) {
+    while resources()[0] != n {
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// A port that is down has no link, and none of its connections is lost; when it is up again it has one.
+#[test]
+#[ignore = "needs SMC_TEST_RDMA"]
+fn a_link_comes_back_with_its_port() {
+    let before = resources()[0];
+    let (_server, client) = slow_over_two(&[]);
+    until_pairs_are(before + 4);
+    change("ip link set eth2 down");
+    until_pairs_are(before + 2);
+    change("ip link set eth2 up");
+    // The kernel has dropped it with the port.
+    change("ip route replace 10.77.0.4 dev eth2 src 10.77.0.3 table 3");
+    until_pairs_are(before + 4);
+    goes_on(client);
+}
+
+/// Links fail one after the other, each when there is another again: all bytes go by RDMA.
+#[test]
+#[ignore = "needs SMC_TEST_RDMA"]
+fn links_are_lost_and_come_back_in_mid_stream() {
+    let breaks = [TWO[1], ("SMC_TEST_BREAK", "20:3")];
+    let (server, client) = pair_with(2, "both", 6_000_000, [&TWO[..1], &breaks]);
+    for end in [&server, &client] {
+        assert_eq!((end.rdma, end.tcp, end.back), (2, 0, 0), "{server:?} {client:?}");
+    }
+}

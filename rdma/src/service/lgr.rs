@@ -410,6 +410,17 @@ impl Lgrs {
         }
     }
 
+    /// A device is there, again perhaps.
+    pub fn device_is_back(&mut self, now: Ms, nics: &[Nic]) {
+        let all: Vec<u32> = self.all.keys().copied().collect();
+        for n in all {
+            if let Some(links) = self.links(n) {
+                links.device_is_back(now, nics);
+            }
+            self.heat(n);
+        }
+    }
+
     /// When the next group is due for the time alone.
     #[must_use]
     pub fn deadline(&self) -> Option<Ms> {

@@ -32,6 +32,11 @@ use super::nic::{self, Nic, Place};
 use crate::device::{Device, Domain, Event as Told};
 use crate::memory::Region;
 
+/// A server looks for another link so long after one was lost or refused, then twice as long each time, up to the last.
+const SEEK: Ms = 2_000;
+/// The same.
+const SEEK_MOST: Ms = 600_000;
+
 /// What has happened on the links.
 #[derive(Debug)]
 pub enum Event {
@@ -90,6 +95,9 @@ pub struct Links {
     members: HashMap<u32, Member>,
     /// The peer's ports, as far as it has told.
     ports: Vec<Gid>,
+    /// When another link is looked for, and how often that was in vain.
+    seek: Option<Ms>,
+    tries: u32,
     /// The last thing was said, see [`Event::Ended`].
     over: bool,
 }
@@ -152,7 +160,8 @@ impl Links {
             link.talk()?;
         }
         let links = [Some(link), None, None];
-        Ok(Self { group, links, members: HashMap::from([(token, member)]), ports, over: false })
+        let members = HashMap::from([(token, member)]);
+        Ok(Self { group, links, members, ports, seek: None, tries: 0, over: false })
     }
 
     fn link(&self, slot: Slot) -> Option<&Link> {
@@ -307,7 +316,8 @@ impl Links {
     /// When [`Self::progress`] is due for the time alone.
     #[must_use]
     pub fn deadline(&self) -> Option<Ms> {
-        self.group.deadline()
+        let seek = self.seek.filter(|_| self.group.lacks_link());
+        self.group.deadline().into_iter().chain(seek).min()
     }
 
     /// Descriptors that become readable when armed links have something, those that nobody watches yet.
@@ -338,6 +348,36 @@ impl Links {
         }
     }
 
+    /// A device is there, again perhaps: a server looks for another link at once, and a client asks for one.
+    pub fn device_is_back(&mut self, now: Ms, nics: &[Nic]) {
+        self.tries = 0;
+        match self.group.role() {
+            _ if !self.group.lacks_link() => {}
+            Role::Server => self.seek = Some(now),
+            Role::Client => {
+                let free = nic::free(nics, &self.own_ports());
+                if !free.is_empty() {
+                    self.group.ask_link(&free);
+                }
+            }
+        }
+    }
+
+    /// A server adds another link where there is a place for it.
+    fn seek(&mut self, now: Ms, nics: &[Nic]) {
+        if self.group.role() == Role::Client || !self.group.lacks_link() {
+            return;
+        }
+        let wait = SEEK.saturating_mul(1 << self.tries.min(16)).min(SEEK_MOST);
+        if now >= *self.seek.get_or_insert(now + wait) {
+            self.seek = None;
+            self.tries += 1;
+            if self.place(None, nics).is_some() {
+                self.group.add_link(now);
+            }
+        }
+    }
+
     /// For tests: the link that a member sends by fails, as by a device's error. Whether another was left.
     pub fn break_it(&self, token: u32, last: bool) -> bool {
         let slot = self.members.get(&token).and_then(|m| m.slot);
@@ -355,6 +395,7 @@ impl Links {
     /// Does what there is to do, and says what has happened; false: nothing.
     pub fn progress(&mut self, now: Ms, nics: &[Nic], out: &mut Vec<Event>) -> bool {
         let (mut moved, mut ended) = (false, None);
+        self.seek(now, nics);
         loop {
             let seen = validations(out);
             for slot in self.slots() {
@@ -462,11 +503,16 @@ impl Links {
 
     // Links that come and go.
 
+    /// Our ends of the links that there are.
+    fn own_ports(&self) -> Vec<Gid> {
+        self.slots().filter_map(|s| self.group.ends(s)).map(|(_, own, _)| own.gid).collect()
+    }
+
     /// Where another link could go, and which of the peer's ports it would lead to: `to`, if that is known.
     fn place(&self, to: Option<Port>, nics: &[Nic]) -> Option<(Place, Gid)> {
-        let ends = || self.slots().filter_map(|s| self.group.ends(s));
-        let own: Vec<Gid> = ends().map(|(_, own, _)| own.gid).collect();
-        let used: Vec<Gid> = ends().filter_map(|(_, _, peer)| peer).map(|p| p.gid).collect();
+        let own = self.own_ports();
+        let peers = self.slots().filter_map(|s| self.group.ends(s)?.2);
+        let used: Vec<Gid> = peers.map(|p| p.gid).collect();
         let free = self.ports.iter().filter(|g| !used.contains(g)).copied();
         let ports: Vec<Gid> = to.map_or_else(|| free.collect(), |p| vec![p.gid]);
         nic::another(nics, &own, &ports)
@@ -502,6 +548,7 @@ impl Links {
 
     /// A link may be used: the peer's keys on it are known. Who has none goes by it.
     fn active(&mut self, slot: Slot, out: &mut Vec<Event>) {
+        (self.seek, self.tries) = (None, 0);
         for (token, m) in &mut self.members {
             if let Some(t) = &mut m.theirs
                 && let Some(keys) = t.index.and_then(|i| self.group.peer_keys(i))

@@ -40,6 +40,7 @@ use std::time::{Duration, Instant};
 use smc::reason::Reason;
 use smc::smcr::Ms;
 
+use crate::device::Event as Told;
 use conn::{Conn, Note};
 use greeting::{Around, Common};
 use lgr::Lgrs;
@@ -264,10 +265,18 @@ impl Core {
 
     fn device(&mut self, at: usize) {
         let now = self.now();
-        while let Some(nic) = self.nics.get(at)
+        let mut back = false;
+        while let Some(nic) = self.nics.get_mut(at)
             && let Ok(Some(what)) = nic.device.event()
         {
+            if matches!(what, Told::Port(_, true) | Told::Gids(_)) {
+                nic.refresh();
+                back = true;
+            }
             self.lgrs.told(&nic.device, what, now);
+        }
+        if back {
+            self.lgrs.device_is_back(now, &self.nics);
         }
     }
 

@@ -61,6 +61,13 @@ fn v4(gid: Gid) -> Option<Ipv4Addr> {
 }
 
 impl Nic {
+    /// Looks at its addresses once more.
+    pub fn refresh(&mut self) {
+        if let Ok(gids) = self.device.gids(PORT) {
+            self.gids = gids;
+        }
+    }
+
     fn place(&self, gid: &GidEntry) -> Option<Place> {
         let mtu = self.device.mtu(PORT).ok().flatten()?;
         Some(Place { nic: self.clone(), port: PORT, gid: gid.clone(), mtu })
@@ -86,6 +93,14 @@ pub fn place(nics: &[Nic], address: [u8; 16]) -> Option<Place> {
 pub fn others(nics: &[Nic], gid: &Gid) -> Vec<Gid> {
     let others = nics.iter().filter(|n| !n.has(gid));
     others.flat_map(Nic::addresses).map(|(g, _)| g.gid).collect()
+}
+
+/// The addresses of devices that have none of those, and whose ports are up.
+#[must_use]
+pub fn free(nics: &[Nic], used: &[Gid]) -> Vec<Gid> {
+    let others = nics.iter().filter(|n| !used.iter().any(|u| n.has(u)));
+    let up = others.filter(|n| n.device.mtu(PORT).ok().flatten().is_some());
+    up.flat_map(Nic::addresses).map(|(g, _)| g.gid).collect()
 }
 
 /// A place on a device that has none of the addresses `used`, from which one of the peer's is to be reached; and that one.
