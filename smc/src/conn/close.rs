@@ -13,8 +13,8 @@
 #![allow(unsafe_code)]
 
 use super::patience::Patience;
-use super::{Socket, phase};
-use crate::arena::{self, rx_mode, tx_mode};
+use super::{Mapped, Socket, phase};
+use crate::arena::{self, Slot, rx_mode, tx_mode};
 use crate::handshake::switch;
 use crate::lock;
 use crate::mem::layout::ctl;
@@ -44,6 +44,14 @@ fn make_room(fd: i32, left: u64) {
     if now < 2 * want && !set(libc::SO_SNDBUFFORCE, want) && now < 2 * want.min(UNPRIVILEGED) {
         set(libc::SO_SNDBUF, want);
     }
+}
+
+/// TCP resets when it is closed with bytes unread.
+fn reset_at_close(fd: i32) {
+    // struct linger { l_onoff = 1, l_linger = 0 }
+    let mut l = [0u8; 8];
+    l[..4].copy_from_slice(&1i32.to_ne_bytes());
+    let _ = sys::setsockopt(fd, libc::SOL_SOCKET, libc::SO_LINGER, &l);
 }
 
 impl Socket {
@@ -157,6 +165,10 @@ impl Socket {
         if self.phase.load(Relaxed) == phase::MAPPED
             && let Some(m) = self.mapped()
         {
+            // A service that saw the stream leave the ring would send FIN before it hears of the close.
+            if s.is_served() && self.has_unread(s, &m) {
+                return reset_at_close(fd);
+            }
             self.end_tx(fd);
             let mut unread = false;
             {
@@ -180,12 +192,15 @@ impl Socket {
                 }
             }
             if unread {
-                // struct linger { l_onoff = 1, l_linger = 0 }: TCP resets when it is closed with bytes unread.
-                let mut l = [0u8; 8];
-                l[..4].copy_from_slice(&1i32.to_ne_bytes());
-                let _ = sys::setsockopt(fd, libc::SOL_SOCKET, libc::SO_LINGER, &l);
+                reset_at_close(fd);
             }
         }
+    }
+
+    fn has_unread(&self, s: &Slot, m: &Mapped<'_>) -> bool {
+        let _g = lock::lock(&s.rx.lock);
+        s.rx.mode.load(Relaxed) == rx_mode::RING
+            && ring::readable(&m.peer.tx, s.rx.cons.load(Relaxed), m.rxbuf.size()).is_ok_and(|r| r.bytes > 0)
     }
 
     /// The program closes its last fd of the socket, `fd`, while calls are under way: as in the kernel the socket
