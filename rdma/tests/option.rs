@@ -20,7 +20,7 @@ use std::process::{Command, Output, Stdio};
 use std::thread;
 
 use af_smc::{IPPROTO_SMC, dial, listener, mode, port_of};
-use pair_of::{End, Moved, ends, port, program};
+use pair_of::{End, Moved, echo, ends, port, program};
 
 const GROUP: &str = "/sys/fs/cgroup/smc-option";
 /// The VM's kernel has this one.
@@ -173,16 +173,6 @@ fn syn(plain: bool) -> Vec<u8> {
     // This process does not answer with the option, so nothing but the program's bytes has come.
     assert_eq!(client.ends("done").rdma, 0);
     bytes
-}
-
-fn echo(mut s: TcpStream) {
-    let mut bytes = [0; 4096];
-    loop {
-        match s.read(&mut bytes).unwrap() {
-            0 => return,
-            n => s.write_all(&bytes[..n]).unwrap(),
-        }
-    }
 }
 
 #[test]

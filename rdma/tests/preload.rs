@@ -7,12 +7,12 @@
 mod pair_of;
 
 use std::io::{Read, Write};
-use std::net::{SocketAddrV4, TcpListener, TcpStream};
+use std::net::{SocketAddrV4, TcpListener};
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use pair_of::{End, Moved, ends, port};
+use pair_of::{End, Moved, echo, ends, port};
 
 /// A server and a client; what each has moved.
 fn pair(n: u64, what: &str, bytes: u64, settings: &[(&str, &str)]) -> (Moved, Moved) {
@@ -101,12 +101,16 @@ fn connections_share_a_link_and_a_full_one_stops_no_other() {
     assert!(client.rdma_tx > others, "{client:?}");
     assert_eq!(client.rdma_rx, 19 * 640 + 8);
     // The client has told that it ends.
-    let more = |now: [usize; 2]| now.iter().zip(before).any(|(now, before)| *now > before);
-    while more(resources()) {
-        thread::sleep(Duration::from_millis(50));
-    }
+    until_no_more_than(before);
     // It waits for one more.
     assert!(server.child.try_wait().unwrap().is_none());
+}
+
+/// Waits until the devices have no more than that.
+fn until_no_more_than(before: [usize; 2]) {
+    while resources().iter().zip(before).any(|(now, before)| *now > before) {
+        thread::sleep(Duration::from_millis(50));
+    }
 }
 
 #[test]
@@ -178,16 +182,6 @@ fn an_accept_that_comes_too_late() {
         End::start(&["connect", &a, &b, &port.to_string(), "1", "echo", "6400"], false, &[]).ends("done");
     assert_eq!(client, Moved { rdma: 0, tcp: 1, rdma_tx: 0, rdma_rx: 0, back: 0 });
     server.join().unwrap();
-}
-
-fn echo(mut s: TcpStream) {
-    let mut bytes = [0; 4096];
-    loop {
-        match s.read(&mut bytes).unwrap() {
-            0 => return,
-            n => s.write_all(&bytes[..n]).unwrap(),
-        }
-    }
 }
 
 /// A program that is killed has not said that its stream ends: nobody takes what has come for all of it.
@@ -265,10 +259,7 @@ fn connections_go_by_two_links() {
     for (device, before) in ["rxe2", "rxe3"].into_iter().zip(packets) {
         assert!(sent_by(device) > before + 100, "{device} has carried nothing");
     }
-    let more = |now: [usize; 2]| now.iter().zip(before).any(|(now, before)| *now > before);
-    while more(resources()) {
-        thread::sleep(Duration::from_millis(50));
-    }
+    until_no_more_than(before);
     assert!(server.child.try_wait().unwrap().is_none());
 }
 

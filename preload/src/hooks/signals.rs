@@ -663,7 +663,8 @@ unsafe fn postpone(sig: c_int, info: *mut siginfo_t, context: *mut c_void) {
     // SAFETY: as above.
     let own = unsafe { mask.read_unaligned() };
     let common = if section::is_deferred() { BEFORE.get() & own } else { own };
-    // In this order: who comes in between adds to what was there before, and that is written over.
+    // In this order for the compiler, and for this thread alone: a handler that comes in between finds the bit, takes what
+    // is common with whatever stood there before, and that is written over here.
     section::defer();
     std::sync::atomic::compiler_fence(SeqCst);
     BEFORE.set(common);

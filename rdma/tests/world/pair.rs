@@ -3,7 +3,8 @@
 //! `SMC_LIBRARY` is libsmc.so; without it the one of the release build beside this workspace.
 #![allow(dead_code)]
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
@@ -107,5 +108,16 @@ impl Drop for End {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// Sends back what comes, to the end.
+pub fn echo(mut s: TcpStream) {
+    let mut bytes = [0; 4096];
+    loop {
+        match s.read(&mut bytes).unwrap() {
+            0 => return,
+            n => s.write_all(&bytes[..n]).unwrap(),
+        }
     }
 }

@@ -113,7 +113,8 @@ impl Slot {
 
     /// Whether any thread, of any holder, sleeps on the doorbell.
     pub(super) fn is_slept_on(&self) -> bool {
-        self.all_inside(|n| n.asleep.load(Acquire))
+        // Relaxed: raised under `wait.lock`, which carries it to whoever decides by it; who rises counts too long at most.
+        self.all_inside(|n| n.asleep.load(Relaxed))
     }
 }
 
