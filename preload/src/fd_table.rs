@@ -466,7 +466,8 @@ pub fn before_close(fd: i32) -> Option<Ref> {
     if r.fds.fetch_sub(1, AcqRel) == 1 {
         if r.kind.load(Relaxed) == Kind::Stream as u32 {
             // More references than ours: calls are under way, in which the kernel's socket would live on.
-            let stays = r.refs.load(Acquire) > 1 && r.sock.is_mapped() && r.sock.park(fd);
+            let stays =
+                r.sock.is_parked() || r.refs.load(Acquire) > 1 && r.sock.is_mapped() && r.sock.park(fd);
             crate::hooks::epoll::before_close(&r, fd, stays);
             if !stays {
                 let last = r.sock.before_close(fd);
@@ -597,11 +598,12 @@ impl Moves {
         (!engine::lock::held_by_me(&MOVES)).then(|| Moves(engine::lock::lock(&MOVES)))
     }
 
-    /// All numbers that name `e`, if nobody uses it but the caller, who has one reference. `None`: another thread is in
-    /// a call on it that waits, and nothing has changed.
+    /// All numbers that name `e`, which is `fd`, if nobody uses it but the caller, who has one reference, and calls that
+    /// sleep until they can send: those keep the socket that they have, under a number of ours. `None`: another thread is
+    /// in another call on it that waits, and nothing has changed.
     ///
     /// A number that comes to name `e` meanwhile comes of a call that has a reference.
-    pub fn take(&self, e: &Ref) -> Option<Taken> {
+    pub fn take(&self, e: &Ref, fd: i32) -> Option<Taken> {
         let p = std::ptr::from_ref(e.entry()).cast_mut();
         let mut t = Taken { e: e.clone(), numbers: Vec::new() };
         for fd in 0..=HIGHEST.load(Relaxed) {
@@ -615,15 +617,30 @@ impl Moves {
         // The numbers', the caller's, and `t`'s.
         let mine = t.numbers.len() as u32 + 2;
         let mut until = None;
-        // ORDERING [table.move] SeqCst; pairs with `take_ref`.
-        while e.refs.load(SeqCst) != mine {
+        let mut parked = false;
+        loop {
+            // No call comes to it any more. As many as there are now were all asleep a moment later: so each of them is, or
+            // was then.
+            // ORDERING [table.move] SeqCst; pairs with `take_ref`.
+            let refs = e.refs.load(SeqCst);
+            let asleep = e.sock.outward();
+            if refs == mine + asleep {
+                if asleep == 0 || parked {
+                    return Some(t);
+                }
+                // Once more: one may have woken up before it could find the socket there. It sends and ends, or sleeps.
+                parked = e.sock.park(fd);
+                if !parked {
+                    return None;
+                }
+                continue;
+            }
             let now = engine::sys::now_ns();
-            if now > *until.get_or_insert(now + SHORT_NS) {
+            if !parked && now > *until.get_or_insert(now + SHORT_NS) {
                 return None;
             }
             engine::sys::yield_cpu();
         }
-        Some(t)
     }
 }
 
@@ -634,7 +651,7 @@ impl Taken {
     }
 
     /// They name something else from now on, of which we know nothing, and the connection lives on in another process
-    /// only. It is in no epoll set.
+    /// only, or until the calls are over that sleep on it. It is in no epoll set.
     pub fn for_good(mut self) {
         let e = self.e.entry();
         for fd in std::mem::take(&mut self.numbers) {
@@ -644,7 +661,9 @@ impl Taken {
             // The table held a reference on it.
             release(e);
         }
-        e.last.store(e.sock.abandon().into(), Release);
+        if !e.sock.is_parked() {
+            e.last.store(e.sock.abandon().into(), Release);
+        }
     }
 }
 
@@ -731,7 +750,7 @@ pub fn after_fork_child(token: u32, parent: i32) {
         r.members.after_fork_child();
         // The word is the parent's to give.
         drop(heir(r.heir.swap(0, Relaxed)));
-        if r.sock.unpark_in_child() {
+        if r.sock.unpark_in_child(r.fds.load(Relaxed) != 0) {
             r.kind.store(0, Relaxed);
         }
     });

@@ -21,6 +21,7 @@ mod data;
 mod handed;
 #[path = "../harness/mod.rs"]
 mod harness;
+mod idle;
 mod limits;
 mod names;
 mod options;
@@ -98,6 +99,7 @@ const FILES: &[(&str, &[Scenario])] = &[
     ("connecting", connecting::SCENARIOS),
     ("process", process::SCENARIOS),
     ("handed", handed::SCENARIOS),
+    ("idle", idle::SCENARIOS),
     ("threads", threads::SCENARIOS),
     ("limits", limits::SCENARIOS),
     ("sets", sets::SCENARIOS),

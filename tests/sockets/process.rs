@@ -915,7 +915,7 @@ fn exec_with_tcp_full(w: &World) {
 }
 
 /// A peer of our own, that says something and then makes no call until told to end; what `gate` says then.
-fn idle_peer(port: u16, told: i32) -> i32 {
+pub fn idle_peer(port: u16, told: i32, then: impl FnOnce(i32)) -> i32 {
     sys::fork(|| {
         let fd = sys::socket(libc::AF_INET, libc::SOCK_STREAM).expect("socket") as i32;
         sys::connect(fd, &address("4", port)).expect("connect");
@@ -926,6 +926,7 @@ fn idle_peer(port: u16, told: i32) -> i32 {
         }
         // Not told: when, beside what this process tells, is not said.
         assert_eq!(sys::send(fd, b"last words", 0), Ok(10));
+        then(fd);
         let _ = sys::read(told, &mut [0; 1]);
         0
     })
@@ -935,7 +936,7 @@ fn idle_peer(port: u16, told: i32) -> i32 {
 fn exec_with(gone_first: bool, late: bool) {
     let (l, port) = listener(&address("4", 0), 10);
     let (gate, out) = (sys::pipe(), sys::pipe());
-    let peer = idle_peer(port, gate[0]);
+    let peer = idle_peer(port, gate[0], |_| ());
     let mut e = End::new(sys::accept4(l, libc::SOCK_CLOEXEC).expect("accept") as i32);
     for _ in 0..200 {
         e.get(1);
@@ -1009,7 +1010,7 @@ fn exec_with_an_idle_peer(_: &World) {
 fn with_an_idle_peer(kill: bool, what: impl FnOnce(&End)) {
     let (l, port) = listener(&address("4", 0), 10);
     let gate = sys::pipe();
-    let peer = idle_peer(port, gate[0]);
+    let peer = idle_peer(port, gate[0], |_| ());
     let mut e = End::new(sys::accept(l, None).expect("accept") as i32);
     for _ in 0..200 {
         e.get(1);

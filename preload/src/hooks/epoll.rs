@@ -102,9 +102,18 @@ hook! {
             // SAFETY: the program's own arguments.
             (Some(s), Some(e)) => to_libc(unsafe { links::control(&e, &s, epfd, op, fd, event) }) as c_int,
             (Some(s), None) => {
-                let r = plain();
+                let mut r = plain();
                 if r == 0 && op == libc::EPOLL_CTL_ADD {
                     // A set that we know nothing of could not be woken by the ring.
+                    if s.sock.strands(true) {
+                        // What is in it then is the relay's end.
+                        sys::epoll_ctl(epfd, libc::EPOLL_CTL_DEL, fd, 0, 0);
+                        let relayed = super::relay::take_over(&s, fd);
+                        r = plain();
+                        if relayed {
+                            return r;
+                        }
+                    }
                     super::sockets::empty_into_tcp(&s, fd, engine::reason::Reason::AsyncIo);
                 }
                 r

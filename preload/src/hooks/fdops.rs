@@ -2,7 +2,7 @@
 
 use super::data::{alias, hook};
 use super::making::{made, made_from};
-use super::relay::{Relay, take_over};
+use super::relay::{Begins, Relay, take_over};
 use super::sockets::{back_to_tcp, hand_over, hand_over_here};
 use crate::fd_table::{self, Ref};
 use crate::hook::{errno, fail, given, plausible, set_errno};
@@ -230,6 +230,28 @@ impl Passing {
     }
 }
 
+/// The connection is about to be passed: the relay that the receiver is to have, if it takes one.
+fn passed(e: &Ref, fd: c_int) -> Option<(Relay, Fd)> {
+    let relay = |begins| (!e.has_heir()).then(|| Relay::new(e, fd, begins)).flatten();
+    if e.sock.strands(false) {
+        if let Some(r) = relay(Begins::AtItsWord) {
+            return Some(r);
+        }
+    } else if e.sock.strands(true) {
+        // Armed before the peer is asked back: so it rings when it does that, in its next call.
+        e.sock.on_bell(fd);
+        e.sock.arm(libc::POLLIN as u32);
+        if let Some(r) = relay(Begins::with_the_peer(e)) {
+            e.sock.set_handed();
+            back_to_tcp(e, fd, Reason::FdPassed);
+            return Some(r);
+        }
+    }
+    hand_over(e, fd, Reason::FdPassed);
+    // The peer may have ended its stream just before it was asked for the rest.
+    e.sock.strands(false).then(|| relay(Begins::AtItsWord)).flatten()
+}
+
 /// A message leaves over a Unix socket: connections that travel in it are the receiver's as well. Of one with bytes that
 /// nobody would move into TCP for the receiver, it gets a [relay](super::relay)'s end: then what is to be sent is not
 /// the program's message.
@@ -261,14 +283,7 @@ pub fn leaving_with(msg: *const msghdr) -> Option<Passing> {
                 // SAFETY: as above.
                 let fd = unsafe { at.read_unaligned() };
                 let Some(e) = fd_table::stream(fd) else { continue };
-                let relay = || (e.sock.strands(false) && !e.has_heir()).then(|| Relay::new(&e, fd)).flatten();
-                let mut r = relay();
-                if r.is_none() {
-                    hand_over(&e, fd, Reason::FdPassed);
-                    // The peer may have ended its stream just before it was asked for the rest.
-                    r = relay();
-                }
-                let Some(r) = r else { continue };
+                let Some(r) = passed(&e, fd) else { continue };
                 let p = passing.get_or_insert_with(|| {
                     // SAFETY: the program vouches for its control buffer.
                     let all =

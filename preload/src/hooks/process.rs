@@ -358,7 +358,8 @@ impl Starting {
             if self.moves.is_none() {
                 self.moves = fd_table::Moves::begin();
             }
-            taken = self.moves.as_ref().and_then(|m| m.take(e));
+            let moves = self.moves.as_ref();
+            taken = numbers.first().and_then(|fd| moves?.take(e, *fd));
             if taken.is_none() {
                 return false;
             }

@@ -320,6 +320,7 @@ impl Watches {
         let mut whole = true;
         for w in self.all() {
             w.way = Way::Kernel;
+            w.armed = wants(fds, w.at);
             if !w.e.sock.needs_bell() {
                 if w.e.sock.pin_tcp() {
                     w.way = Way::Pinned;
@@ -332,7 +333,7 @@ impl Watches {
             if w.e.id() != last {
                 last = w.e.id();
                 // False: the peer is gone, and all that comes now comes by the kernel.
-                if !w.e.sock.poll_enter(w.e.sock.fd_now(w.fd)) {
+                if !w.e.sock.poll_enter(w.e.sock.fd_now(w.fd), w.armed) {
                     whole &= w.e.sock.is_peer_gone();
                     continue;
                 }
@@ -340,7 +341,6 @@ impl Watches {
                 bell_at += 1;
             }
             w.way = Way::Ring;
-            w.armed = wants(fds, w.at);
             w.e.sock.arm(w.armed);
         }
         whole

@@ -13,7 +13,9 @@
 //! tells: the parent has a lock on a file that only an exec (or its end, or [`Relay::go`]) lets go of. A lock of
 //! fcntl(2) is the process's own: a child that another thread forks meanwhile does not keep it. Before that the relay
 //! touches nothing, so an exec that fails is undone by [`Relay::undo`] and nobody has seen anything. Likewise for a
-//! connection that is passed by SCM_RIGHTS: the relay begins when the sender has closed its own ([`Relay::inherits`]).
+//! connection that is passed by SCM_RIGHTS: the relay begins when the sender has closed its own ([`Relay::inherits`]), or
+//! when a peer that was idle then uses the connection again, perhaps to wait for an answer, if the sender has read nothing
+//! since ([`Begins::WithThePeer`]).
 //! And for what reads in this process without us, such as stdio: the numbers name the relay's connection from then on,
 //! and it begins at once ([`take_over`]). Other threads that use a number meanwhile wait until that is done.
 //!
@@ -29,9 +31,32 @@ use engine::fd::Fd;
 use engine::handshake::unix;
 use engine::{internal_fds, rawcall, sys};
 use libc::{c_int, c_void, pollfd};
+use std::sync::atomic::Ordering::Relaxed;
 
 /// Bytes copied at a time, each way.
 const COPY: usize = 64 << 10;
+
+/// When a relay begins.
+#[derive(Clone, Copy, Debug)]
+pub enum Begins {
+    /// When it has its word.
+    AtItsWord,
+    /// Or, once the message is on its way, when the doorbell is rung and this process has still read so many bytes only.
+    WithThePeer(u64),
+}
+
+impl Begins {
+    /// For a connection that is about to be passed, of which the program has read what it has read by now. It reads on
+    /// if the connection is in a set of its.
+    pub fn with_the_peer(e: &Ref) -> Begins {
+        if e.members.is_in_any() { Begins::AtItsWord } else { Begins::WithThePeer(read_so_far(e)) }
+    }
+}
+
+/// Bytes that the holders of the connection have read.
+fn read_so_far(e: &Ref) -> u64 {
+    e.sock.slot().map_or(0, |s| s.shm_rx() + s.rx.tcp.load(Relaxed))
+}
 
 /// A relay that waits for its word, and what has been replaced for it.
 #[derive(Debug)]
@@ -51,7 +76,7 @@ impl Relay {
     /// Makes a relay for the connection `e`, which is `fd`; the program's end. `None`: there is none to be had (a
     /// sandbox, a limit), and nothing has changed.
     #[cold]
-    pub fn new(e: &Ref, fd: c_int) -> Option<(Relay, Fd)> {
+    pub fn new(e: &Ref, fd: c_int, begins: Begins) -> Option<(Relay, Fd)> {
         // The first child in a pid namespace that has been made for children would be its init.
         let home = sys::pid_namespace();
         if direct::sandboxed()
@@ -64,13 +89,13 @@ impl Relay {
         let (end, own) = pair(e, fd)?;
         let word = word()?;
         let saved = high(sys::dup_high(fd))?;
-        let token = spawn(e, &own, &saved, &word)?;
+        let token = spawn(e, &own, &saved, &word, begins)?;
         Some((Relay { e: e.clone(), numbers: Vec::new(), saved, word, token }, end))
     }
 
     /// As above, and `numbers`, which name the connection, name the program's end.
     pub fn in_place(e: &Ref, numbers: &[c_int]) -> Option<Relay> {
-        let (mut r, end) = Relay::new(e, *numbers.first()?)?;
+        let (mut r, end) = Relay::new(e, *numbers.first()?, Begins::AtItsWord)?;
         if numbers.iter().all(|n| r.replace(*n, &end)) {
             return Some(r);
         }
@@ -117,6 +142,7 @@ impl Relay {
     /// The relay begins when this process has closed the connection, or has ended: until then what is unread is its.
     pub fn inherits(self) {
         let e = self.e.clone();
+        let _ = lock(self.word.raw(), libc::F_UNLCK, Part::Passing, false);
         e.leave_to(self.word);
     }
 }
@@ -134,7 +160,7 @@ pub fn take_over(e: &Ref, fd: c_int) -> bool {
         return false;
     }
     let Some(moves) = fd_table::Moves::begin() else { return false };
-    let Some(taken) = moves.take(e) else { return false };
+    let Some(taken) = moves.take(e, fd) else { return false };
     let mut numbers = taken.numbers().to_vec();
     if !numbers.contains(&fd) {
         numbers.push(fd);
@@ -143,8 +169,10 @@ pub fn take_over(e: &Ref, fd: c_int) -> bool {
     if numbers.iter().any(|n| *n as u64 >= sys::fd_limit()) {
         return false;
     }
-    let Some((mut relay, end)) = Relay::new(e, fd) else { return false };
-    let Some(seats) = super::epoll::leave(e, &taken) else {
+    // Without the relay, which is a holder as well.
+    let alone = e.sock.is_alone();
+    let Some((mut relay, end)) = Relay::new(e, fd, Begins::AtItsWord) else { return false };
+    let Some(seats) = super::epoll::leave(e, &taken, alone) else {
         relay.undo();
         return false;
     };
@@ -176,14 +204,34 @@ fn over(from: &Fd, to: c_int, flags: c_int) -> bool {
     unsafe { rawcall!(libc::SYS_dup3, from.raw(), to, flags) }.is_ok()
 }
 
-/// fcntl(2) for a lock on all of a file.
-fn lock(fd: c_int, wait: bool) -> Result<usize, i32> {
+/// What of the file is locked.
+#[derive(Clone, Copy)]
+enum Part {
+    All,
+    /// Until the relay has its word.
+    Word,
+    /// Until the message has been sent, or not.
+    Passing,
+}
+
+/// fcntl(2) for a lock on the file.
+fn lock(fd: c_int, kind: c_int, part: Part, wait: bool) -> Result<usize, i32> {
     // SAFETY: plain data; all zero is valid, and means the whole file.
-    let mut all: libc::flock = unsafe { std::mem::zeroed() };
-    all.l_type = libc::F_WRLCK as i16;
+    let mut l: libc::flock = unsafe { std::mem::zeroed() };
+    l.l_type = kind as i16;
+    (l.l_start, l.l_len) = match part {
+        Part::All => (0, 0),
+        Part::Word => (0, 1),
+        Part::Passing => (1, 1),
+    };
     let how = if wait { libc::F_SETLKW } else { libc::F_SETLK };
-    // SAFETY: `all` lives over the call.
-    unsafe { rawcall!(libc::SYS_fcntl, fd, how, &raw mut all) }
+    // SAFETY: `l` lives over the call.
+    unsafe { rawcall!(libc::SYS_fcntl, fd, how, &raw mut l) }
+}
+
+/// Waits until nobody has that part locked.
+fn await_lock(fd: c_int, part: Part) {
+    while lock(fd, libc::F_WRLCK, part, true) == Err(libc::EINTR) {}
 }
 
 /// The file whose lock, which is this process's now, keeps a relay waiting.
@@ -192,7 +240,7 @@ fn word() -> Option<Fd> {
     let fd = unsafe { rawcall!(libc::SYS_memfd_create, c"smc-relay".as_ptr(), libc::MFD_CLOEXEC) }.ok()?;
     // Raised before it is locked: closing any descriptor of the file lets go of the lock.
     let fd = Fd::from_raw(fd as c_int).raise(sys::fd_base()).ok()?;
-    lock(fd.raw(), false).ok()?;
+    lock(fd.raw(), libc::F_WRLCK, Part::All, false).ok()?;
     Some(fd)
 }
 
@@ -303,7 +351,7 @@ fn end(status: c_int) -> ! {
 }
 
 /// Starts the relay, which waits; the token of its fork.
-fn spawn(e: &Ref, own: &Fd, saved: &Fd, word: &Fd) -> Option<u32> {
+fn spawn(e: &Ref, own: &Fd, saved: &Fd, word: &Fd, begins: Begins) -> Option<u32> {
     let token = engine::arena::token();
     e.sock.before_fork(token);
     // No handler of the program's runs in the child.
@@ -313,7 +361,7 @@ fn spawn(e: &Ref, own: &Fd, saved: &Fd, word: &Fd) -> Option<u32> {
     if child == Ok(0) {
         // SAFETY: the child calls hooks, which ask the kernel, and ends.
         match unsafe { fork() } {
-            Ok(0) => run(e, token, own.raw(), saved.raw(), word.raw()),
+            Ok(0) => run(e, token, [own.raw(), saved.raw(), word.raw()], begins),
             r => end(r.is_err().into()),
         }
     }
@@ -331,7 +379,7 @@ fn spawn(e: &Ref, own: &Fd, saved: &Fd, word: &Fd) -> Option<u32> {
 }
 
 /// Closes all descriptors but these.
-fn keep(mut fds: [c_int; 4]) {
+fn keep<const N: usize>(mut fds: [c_int; N]) {
     fds.sort_unstable();
     let close = |from: c_int, to: c_int| {
         if from > to {
@@ -352,8 +400,50 @@ fn keep(mut fds: [c_int; 4]) {
     close(at, c_int::MAX);
 }
 
-/// The relay: `own` is its end of the program's connection, `sock` the connection `e`.
-fn run(e: &Ref, token: u32, own: c_int, sock: c_int, word: c_int) -> ! {
+/// Waits for the word as a descriptor can be waited for: it is ready when the word is given. `None`: there is none to
+/// be had.
+fn word_as_fd(word: c_int) -> Option<Fd> {
+    let mut ends = [-1; 2];
+    // SAFETY: room for two descriptors.
+    unsafe { rawcall!(libc::SYS_pipe2, ends.as_mut_ptr(), libc::O_CLOEXEC) }.ok()?;
+    let [ready, held] = ends.map(Fd::from_raw);
+    // SAFETY: this child waits and ends.
+    match unsafe { fork() } {
+        Ok(0) => {
+            keep([word, held.raw()]);
+            // SAFETY: no pointers.
+            let _ = unsafe { rawcall!(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+            await_lock(word, Part::Word);
+            end(0)
+        }
+        r => r.ok().map(|_| ready),
+    }
+}
+
+/// Waits until it is the relay's turn.
+fn await_turn(e: &Ref, word: c_int, begins: Begins) {
+    if let Begins::WithThePeer(read) = begins
+        && let Some(bell) = e.sock.bell()
+        && let Some(given) = word_as_fd(word)
+    {
+        await_lock(word, Part::Passing);
+        let mut list = [given.raw(), bell].map(|fd| pollfd { fd, events: libc::POLLIN, revents: 0 });
+        loop {
+            if sys::poll(&mut list, None) <= 0 {
+                continue;
+            }
+            if list[0].revents != 0 || read_so_far(e) == read {
+                return;
+            }
+            // The program reads it itself, as long as it has it.
+            list[1].fd = -1;
+        }
+    }
+    await_lock(word, Part::Word);
+}
+
+/// The relay: of the descriptors, `own` is its end of the program's connection, `sock` the connection `e`.
+fn run(e: &Ref, token: u32, [own, sock, word]: [c_int; 3], begins: Begins) -> ! {
     engine::section::forget_tid();
     engine::lgr::after_fork_child();
     engine::arena::after_fork_child();
@@ -381,7 +471,7 @@ fn run(e: &Ref, token: u32, own: c_int, sock: c_int, word: c_int) -> ! {
         let _ = rawcall!(libc::SYS_prctl, libc::PR_SET_NAME, c"smc-relay".as_ptr());
     }
     mask(0);
-    while lock(word, true) == Err(libc::EINTR) {}
+    await_turn(e, word, begins);
     let mut b = [0u8; 1];
     // SAFETY: one writable byte.
     if unsafe { rawcall!(libc::SYS_pread64, word, b.as_mut_ptr(), 1usize, 0usize) } != Ok(0) {

@@ -206,21 +206,31 @@ impl Socket {
     /// The program closes its last fd of the socket, `fd`, while calls are under way: as in the kernel the socket
     /// lives until they are over, under a number of ours. False: there is none to be had.
     pub fn park(&self, fd: i32) -> bool {
+        if self.is_parked() {
+            return true;
+        }
         let own = sys::dup_high(fd);
         if own < 0 {
             return false;
         }
         crate::internal_fds::add(own);
-        // ORDERING [socket.parked] Release; pairs with the Acquire in `fd_now`. Carries: that the number is open.
-        self.parked.store(own as u32 + 1, Release);
+        // ORDERING [socket.parked] SeqCst, a Release among others; pairs with the load in `fd_now`. Carries: that the
+        // number is open. [table.outward]; pairs with `goes_outward`.
+        self.parked.store(own as u32 + 1, SeqCst);
         true
+    }
+
+    /// Whether the socket has a number of ours, which is closed when nobody in this process uses it any more.
+    pub fn is_parked(&self) -> bool {
+        self.parked.load(Acquire) != 0
     }
 
     /// The number of the socket that the program knows, or knew, as `fd`.
     #[inline]
     pub fn fd_now(&self, fd: i32) -> i32 {
-        // ORDERING [socket.parked] Acquire; pairs with the Release in `park`.
-        match self.parked.load(Acquire) {
+        // ORDERING [socket.parked] SeqCst, an Acquire among others; pairs with the store in `park`. [table.outward]; a call
+        // that was counted when that looked sees it here.
+        match self.parked.load(SeqCst) {
             0 => fd,
             own => own as i32 - 1,
         }
@@ -239,20 +249,24 @@ impl Socket {
         Some(last)
     }
 
-    /// In a forked child: the calls that keep a parked socket are the parent's. Whether it was one.
-    pub fn unpark_in_child(&self) -> bool {
-        let parked = self.parked.load(Relaxed) != 0;
-        if parked {
-            let own = self.fd_now(-1);
-            crate::internal_fds::remove(own);
-            sys::close(own);
-            self.parked.store(0, Relaxed);
-            if let Some(s) = self.slot() {
-                let _ = self.let_go(s);
-            }
-            self.finish(false);
+    /// In a forked child: the calls that keep a parked socket are the parent's. With no number of the program's for it
+    /// (`named` is false) the child has no part in it: true.
+    pub fn unpark_in_child(&self, named: bool) -> bool {
+        if !self.is_parked() {
+            return false;
         }
-        parked
+        let own = self.fd_now(-1);
+        crate::internal_fds::remove(own);
+        sys::close(own);
+        self.parked.store(0, Relaxed);
+        if named {
+            return false;
+        }
+        if let Some(s) = self.slot() {
+            let _ = self.let_go(s);
+        }
+        self.finish(false);
+        true
     }
 
     /// Whether this process holds descriptors for the connection beside its own.
@@ -265,7 +279,7 @@ impl Socket {
     /// caller lets go of it. Waits for nobody, so a connection that a thread sleeps in stays as it is.
     pub fn give_back(&self, fd: i32) -> bool {
         let Some(s) = self.slot() else { return false };
-        if s.holders.load(Acquire) != 1 || s.is_slept_on() {
+        if s.holders.load(Acquire) != 1 || s.is_slept_on() || self.is_parked() {
             return false;
         }
         if self.phase.load(Relaxed) == phase::HANDSHAKE {
@@ -324,6 +338,7 @@ impl Socket {
     /// The process ends without closing `fd`: a sibling that shares the socket holds it alone then; if there is
     /// none it is as if it were closed.
     pub fn exiting(&self, fd: i32) {
+        let fd = self.fd_now(fd);
         if let Some(s) = self.slot()
             && self.let_go(s) == 1
             && !lock::held_by_me(&s.tx.lock)

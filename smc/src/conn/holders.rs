@@ -212,6 +212,7 @@ impl Socket {
     /// In a process that was made for this socket alone by the fork of that token: one of its holders.
     pub fn takes_part(&self, token: u32) {
         self.after_fork_child(token);
+        let _ = self.unpark_in_child(true);
         self.set_watched(false);
     }
 

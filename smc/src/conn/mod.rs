@@ -155,6 +155,8 @@ pub struct Socket {
     /// An fd of our own, plus one, under which the socket lives on for calls that were under way when the
     /// program closed its last. 0: none.
     parked: AtomicU32,
+    /// Calls of this process that sleep for room to send, and for nothing else of the connection's.
+    outward: AtomicU32,
     /// Its peer may be on another host, and no call has asked yet, see `remote.rs`.
     wanted: AtomicU32,
     /// 1: it was handed to a program or process that does not count as a holder.
@@ -276,6 +278,7 @@ impl Socket {
             watched: AtomicU32::new(0),
             closed: AtomicU32::new(0),
             parked: AtomicU32::new(0),
+            outward: AtomicU32::new(0),
             wanted: AtomicU32::new(0),
             handed: AtomicU32::new(0),
             idle: AtomicU32::new(0),
@@ -417,6 +420,36 @@ impl Socket {
     /// Hands the program's call to the kernel. Handlers run meanwhile, and may leave by a jump.
     fn in_kernel(&self, kernel: Kernel<'_>) -> isize {
         section::window(self, &mut || (), &mut |_| kernel())
+    }
+
+    /// As [`section::window`], for what may sleep for room to send and no more.
+    fn window_outward(&self, undo: &mut dyn FnMut(), f: &mut dyn FnMut(section::Ran) -> isize) -> isize {
+        self.goes_outward(true);
+        let mut both = || {
+            undo();
+            self.goes_outward(false);
+        };
+        let n = section::window(self, &mut both, f);
+        self.goes_outward(false);
+        n
+    }
+
+    /// A call begins to sleep for room to send, or has ceased to.
+    fn goes_outward(&self, begins: bool) {
+        // ORDERING [table.outward] SeqCst; pairs with `outward` and the store in `park`. Here: count off, look where the
+        // socket is. There: say where it is, look at the count.
+        if begins {
+            self.outward.fetch_add(1, SeqCst);
+        } else {
+            self.outward.fetch_sub(1, SeqCst);
+        }
+    }
+
+    /// Calls of this process that sleep until they can send, and are not to be told of anything else. Each finds the
+    /// socket by [`fd_now`](Self::fd_now) when it goes on.
+    pub fn outward(&self) -> u32 {
+        // ORDERING [table.outward] SeqCst; pairs with `goes_outward`.
+        self.outward.load(SeqCst)
     }
 
     /// A call that moves bytes begins: count it, and move the upgrade on.
@@ -804,6 +837,8 @@ impl Socket {
     /// In the child of the fork of that token: what is the parent's alone is dropped.
     pub fn after_fork_child(&self, token: u32) {
         self.take_own_seat(token);
+        // Calls under way are the parent's.
+        self.outward.store(0, Relaxed);
         // A rendezvous that another thread was in the middle of may be half-changed: it is forgotten, its
         // fds go at exec or exit. Any other is dropped, which closes our copies and tells the peer nothing.
         let quiet = self.handshake_lock.swap(0, Relaxed) == 0;

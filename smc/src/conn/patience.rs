@@ -57,6 +57,16 @@ impl Patience {
         Some(r > 0)
     }
 
+    /// Sleeps for a moment; false: the time is over.
+    pub(super) fn nap(&mut self) -> bool {
+        const NAP: u64 = 50_000;
+        let rest = self.0;
+        self.0 = NAP.min(rest);
+        let slept = self.poll(&mut []).is_some();
+        self.0 = rest.saturating_sub(NAP);
+        slept
+    }
+
     /// What was ready was of no use: as if a round had been waited.
     pub(super) fn tire(&mut self) {
         self.0 = self.0.saturating_sub(ROUND);

@@ -5,6 +5,7 @@
 //! the ones up to N are taken. So no read runs past N, whatever the sender does meanwhile.
 #![allow(unsafe_code)]
 
+use super::patience::Patience;
 use super::tx::Iov;
 use super::waiting::{What, Woke};
 use super::{Kernel, Mapped, Socket, fate};
@@ -640,10 +641,34 @@ impl Socket {
             _ => return false,
         }
         let Ok(r) = self.look(s, &m) else { return false };
-        // Armed: it sleeps, or looks at the ring before it does, and the stop will ring.
-        // Relaxed: a peer that arms or wakes just now is one or the other, and either way nothing is lost.
-        let waits = !idle || m.peer.ctl.ctl.load(Relaxed) & (ctl::RX_ARMED | ctl::TX_ARMED) != 0;
-        r.bytes > 0 && (r.left || s.rx.stopped.load(Acquire) != 0 || !waits || m.peer_gone())
+        r.bytes > 0
+            && (r.left || s.rx.stopped.load(Acquire) != 0 || m.peer_gone() || idle && !self.peer_waits(s, &m))
+    }
+
+    /// Whether a call of the peer's waits for the connection: the stop will ring, and it obeys. Armed is also what an
+    /// epoll set has left so, whose thread is anywhere by now. So it is rung once for nothing: who waits arms again.
+    fn peer_waits(&self, s: &Slot, m: &Mapped<'_>) -> bool {
+        const LONG: u64 = 20_000_000;
+        let armed = || m.peer.ctl.ctl.load(Relaxed) & (ctl::RX_ARMED | ctl::TX_ARMED);
+        let bit = match armed() {
+            0 => return false,
+            any if any & ctl::RX_ARMED != 0 => ctl::RX_ARMED,
+            _ => ctl::TX_ARMED,
+        };
+        {
+            let _g = lock::lock(&s.tx.lock);
+            s.wait.rings.note();
+            // ORDERING [bell.recheck] AcqRel; as in `after_publish`: who takes the bit rings.
+            m.peer.ctl.ctl.fetch_and(!bit, AcqRel);
+        }
+        self.ring_peer(s, m);
+        let mut patience = Patience::new(LONG);
+        while armed() & bit == 0 {
+            if !patience.nap() {
+                return false;
+            }
+        }
+        true
     }
 
     /// Whether the receiving direction is in the ring.

@@ -15,7 +15,6 @@ use crate::mem::layout::ctl;
 use crate::once::Once;
 use crate::reason::Reason;
 use crate::ring;
-use crate::section;
 use crate::sync::{Ordering::*, fence};
 use crate::sys;
 use crate::wait::doorbell;
@@ -164,7 +163,7 @@ impl Socket {
         let Some(s) = self.slot() else { return self.in_kernel(kernel) };
         let mode = s.tx.mode.load(Acquire);
         if mode == tx_mode::DONE && s.reset.load(Relaxed) == 0 {
-            return self.in_kernel(kernel);
+            return self.window_outward(&mut || (), &mut |_| kernel());
         }
         if matches!(mode, tx_mode::FLUSH | tx_mode::DONE) && self.is_shut(s) {
             return self.broken_pipe(flags);
@@ -256,14 +255,16 @@ impl Socket {
                     Some(n) => n,
                     None => continue,
                 },
-                tx_mode::DONE if done == 0 && fd == asked => return self.in_kernel(kernel),
+                tx_mode::DONE if done == 0 && fd == asked => {
+                    return self.window_outward(&mut || (), &mut |_| kernel());
+                }
                 // An error is for the next call to report: what has gone is this one's result.
                 tx_mode::DONE if done > 0 && !may_send(fd) => return done as isize,
                 tx_mode::DONE => {
                     let quiet = if done > 0 { libc::MSG_NOSIGNAL } else { 0 };
                     let part = v.part(done, v.total - done);
                     // SAFETY: part of the caller's iovecs.
-                    self.in_kernel(&mut || unsafe { send_part(fd, &part, flags | quiet) })
+                    self.window_outward(&mut || (), &mut |_| unsafe { send_part(fd, &part, flags | quiet) })
                 }
                 _ => match self.send_between(fd, s, &v, done, flags) {
                     EAGAIN if !nonblock => match self.wait_kernel(fd, s, libc::POLLOUT, done > 0) {
@@ -319,7 +320,7 @@ impl Socket {
     /// has taken of it nobody knows, which the counts will show: the connection stays on TCP.
     fn send_inside(&self, s: &Slot, kernel: Kernel<'_>) -> isize {
         let mut undo = || _ = self.inside(s).tx.fetch_sub(1, Release);
-        section::window(self, &mut undo, &mut |_| kernel())
+        self.window_outward(&mut undo, &mut |_| kernel())
     }
 
     /// A sender sleeps until the kernel says one of `events` of TCP. `partial`: the call has moved bytes.
@@ -327,7 +328,7 @@ impl Socket {
     pub(super) fn wait_kernel(&self, fd: i32, s: &Slot, events: i16, partial: bool) -> Woke {
         let us = s.sndtimeo_us.load(Relaxed);
         let strict = partial || us != 0;
-        let n = section::window(self, &mut || (), &mut |since| {
+        let n = self.window_outward(&mut || (), &mut |since| {
             if since.ends(strict) {
                 return EINTR;
             }

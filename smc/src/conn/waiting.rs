@@ -373,7 +373,7 @@ impl Socket {
             return false;
         }
         if what == What::Tx {
-            s.wait.writers.fetch_add(1, Relaxed);
+            self.begin_writing(s);
         }
         doorbell::arm(m.me, bits);
         if self.ready(s, m, what) {
@@ -437,9 +437,16 @@ impl Socket {
         }
     }
 
+    /// A sleeper is there for room alone; [`end_sleep`](Self::end_sleep) counts it off.
+    fn begin_writing(&self, s: &Slot) {
+        s.wait.writers.fetch_add(1, Relaxed);
+        self.goes_outward(true);
+    }
+
     fn end_sleep(&self, s: &Slot, m: &Mapped<'_>, bits: u32) {
         if bits == ctl::TX_ARMED {
             let _ = s.wait.writers.fetch_update(Relaxed, Relaxed, |n| n.checked_sub(1));
+            self.goes_outward(false);
         }
         let rise = || _ = self.inside(s).asleep.fetch_update(Relaxed, Relaxed, |n| n.checked_sub(1));
         // Rung, or armed by nobody.
@@ -797,13 +804,15 @@ impl Socket {
         self.slot().is_none_or(|s| s.wait.peer_gone.load(Relaxed) != 0)
     }
 
-    /// A poll or select is about to sleep with the doorbell in its list. False: the peer is gone, or nothing could be
-    /// learnt; look again.
-    pub fn poll_enter(&self, fd: i32) -> bool {
-        match (self.slot(), self.mapped()) {
-            (Some(s), Some(m)) => self.enter_asleep(fd, s, &m),
-            _ => true,
+    /// A poll or select is about to sleep for `events` with the doorbell in its list. False: the peer is gone, or nothing
+    /// could be learnt; look again.
+    pub fn poll_enter(&self, fd: i32, events: u32) -> bool {
+        let (Some(s), Some(m)) = (self.slot(), self.mapped()) else { return true };
+        let entered = self.enter_asleep(fd, s, &m);
+        if entered && events & (POLLIN | POLLOUT) == POLLOUT {
+            self.begin_writing(s);
         }
+        entered
     }
 
     /// The poll has returned.

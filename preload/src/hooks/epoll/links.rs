@@ -243,6 +243,9 @@ pub(super) unsafe fn control(
                 // Which of several sets wakes up is the kernel's choice, so the bytes must be in TCP.
                 drop(set);
                 drop(links);
+                if crate::hooks::relay::take_over(sock, fd) {
+                    return raw();
+                }
                 crate::hooks::sockets::empty_into_tcp(sock, fd, Reason::SocketOption);
                 // SAFETY: as for this call.
                 return unsafe { control(e, sock, epfd, op, fd, event) };
@@ -550,7 +553,7 @@ fn bring_into_step(set: &mut Inner, l: Link, sock: &Socket, epfd: i32, blocked: 
 /// The doorbell does not fit into the kernel's set (fs.epoll.max_user_watches, memory): back to TCP.
 #[cold]
 fn no_room(r: &Ref, fd: i32) {
-    if r.sock.can_leave() {
+    if r.sock.can_leave() && !crate::hooks::relay::take_over(r, fd) {
         crate::hooks::sockets::empty_into_tcp(r, fd, Reason::NoFds);
     }
 }
@@ -680,10 +683,13 @@ impl Seat {
 }
 
 /// The connection leaves all its sets, also in the kernel, before its numbers name another socket: the seats that it
-/// had. `None`: a set is another process's as well; nothing has changed.
+/// had. `None`: a set is in use by a handler's caller, or can't be told; nothing has changed.
+///
+/// What the process that forked us has put into a set stays there if others than this process may use it: they hold the
+/// connection (else `alone`), or the set. They are told of it as ever, and only this process knows of it no more.
 ///
 /// The caller has [taken](fd_table::Moves) its numbers. So he is the only one to lock several sets at a time.
-pub fn leave(r: &Ref, _: &fd_table::Taken) -> Option<Vec<Seat>> {
+pub fn leave(r: &Ref, _: &fd_table::Taken, alone: bool) -> Option<Vec<Seat>> {
     if !r.members.is_in_any() {
         return Some(Vec::new());
     }
@@ -691,15 +697,18 @@ pub fn leave(r: &Ref, _: &fd_table::Taken) -> Option<Vec<Seat>> {
     let mut sets: Vec<(&'static Entry, i32, Locked<'_>)> = Vec::new();
     for l in links.iter() {
         if !sets.iter().any(|s| s.0.id() == l.set.id()) {
-            let epfd = l.set.set.fd(l.set).filter(|_| !l.set.set.is_foreign())?;
-            sets.push((l.set, epfd, l.set.set.locked()?));
+            sets.push((l.set, l.set.set.fd(l.set)?, l.set.set.locked()?));
         }
     }
+    let theirs = |set: &Set, m: &Member| m.inherited && (set.is_foreign() || !alone);
     let mut seats = Vec::new();
     for l in links.iter() {
         let (_, epfd, set) = sets.iter_mut().find(|s| s.0.id() == l.set.id())?;
         let m = set.get(l.id)?;
-        if m.ghost || m.inherited || m.events & EXCLUSIVE != 0 || ours(m.data) {
+        if theirs(&l.set.set, m) {
+            continue;
+        }
+        if m.ghost || m.events & EXCLUSIVE != 0 || ours(m.data) {
             return None;
         }
         let (events, data) = match m.disabled {
@@ -714,9 +723,13 @@ pub fn leave(r: &Ref, _: &fd_table::Taken) -> Option<Vec<Seat>> {
     while let Some(l) = links.pop() {
         let Some((_, epfd, set)) = sets.iter_mut().find(|s| s.0.id() == l.set.id()) else { continue };
         if let Some(m) = set.get(l.id)
-            && !m.unregistered
+            && !theirs(&l.set.set, m)
         {
-            let _ = sys::epoll_ctl(*epfd, EPOLL_CTL_DEL, m.fd, 0, 0);
+            // With its doorbell, which a member that was inherited leaves to the other process.
+            m.inherited = false;
+            if !m.unregistered {
+                let _ = sys::epoll_ctl(*epfd, EPOLL_CTL_DEL, m.fd, 0, 0);
+            }
         }
         forget(set, l, &links);
     }
