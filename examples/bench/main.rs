@@ -337,6 +337,8 @@ fn idle(addr: &str, n: usize, server: u32) -> io::Result<()> {
     let before = memory(pids)?;
     let all = connections(addr, n, 40)?;
     let after = memory(pids)?;
+    // Who has answered just now looks for more for a moment: that is not idle yet.
+    thread::sleep(Duration::from_millis(100));
     let cpu = cpu_time(pids)?;
     thread::sleep(Duration::from_secs(1));
     let cpu = cpu_time(pids)? - cpu;
