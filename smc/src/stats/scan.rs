@@ -131,6 +131,35 @@ fn open(path: &Path) -> Option<((u64, u64), File)> {
     ours.then_some(((meta.dev(), meta.ino()), file))
 }
 
+/// The processes that hold an arena, by the pids that may be in its slots: those of the pid namespace in which it was
+/// made.
+type Names = BTreeMap<u32, Holder>;
+
+/// A process that holds an arena.
+#[derive(Debug)]
+struct Holder {
+    /// As this process sees it.
+    pid: u32,
+    program: String,
+    /// Its pid namespace is ours.
+    near: bool,
+}
+
+/// A process under all its pids: ours, and those of the namespaces below.
+fn add_names(names: &mut Names, pid: u32) {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    // NSpid, proc_pid_status(5): from our namespace down to its own. Not there: the kernel has no such namespaces.
+    let line = status.lines().find_map(|l| l.strip_prefix("NSpid:")).unwrap_or_default();
+    let mut pids: Vec<u32> = line.split_whitespace().filter_map(|n| n.parse().ok()).collect();
+    if pids.is_empty() {
+        pids.push(pid);
+    }
+    for inner in &pids {
+        let near = pids.len() == 1;
+        names.entry(*inner).or_insert_with(|| Holder { pid, program: program(pid), near });
+    }
+}
+
 /// A process's name, without anything a terminal would act on.
 fn program(pid: u32) -> String {
     let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
@@ -162,7 +191,8 @@ impl Arena {
 
     fn connections(&self) -> Vec<ConnectionInfo> {
         let mut all = Vec::new();
-        let names: BTreeMap<u32, String> = self.pids.iter().map(|p| (*p, program(*p))).collect();
+        let mut names = Names::new();
+        self.pids.iter().for_each(|p| add_names(&mut names, *p));
         self.each_slot(|slot| all.push(decode(slot, &names)));
         all
     }
@@ -231,14 +261,14 @@ pub(super) fn of(slot: &Slot) -> ConnectionInfo {
         put(offset_of!(Slot, peer_addr) + 4 * i, &slot.peer_addr[i].load(Relaxed).to_ne_bytes());
     }
     let pid = std::process::id();
-    decode(&Words(&bytes), &BTreeMap::from([(pid, program(pid))]))
+    decode(&Words(&bytes), &Names::from([(pid, Holder { pid, program: program(pid), near: true })]))
 }
 
 /// A live slot as the caller sees it; `names` are the processes that hold the arena.
-fn decode(slot: &Words<'_>, names: &BTreeMap<u32, String>) -> ConnectionInfo {
+fn decode(slot: &Words<'_>, names: &Names) -> ConnectionInfo {
     let owner = slot.u32(offset_of!(Slot, pid));
-    let (pid, name) =
-        names.get_key_value(&owner).or(names.first_key_value()).map_or((owner, ""), |(p, n)| (*p, n));
+    let holder = names.get(&owner).or(names.first_key_value().map(|(_, h)| h));
+    let (pid, name, near) = holder.map_or((owner, "", true), |h| (h.pid, h.program.as_str(), h.near));
     let holders = slot.u32(offset_of!(Slot, holders));
     let best = match slot.u32(offset_of!(Slot, best)) {
         0 => Mode::Tcp,
@@ -259,7 +289,8 @@ fn decode(slot: &Words<'_>, names: &BTreeMap<u32, String>) -> ConnectionInfo {
     ConnectionInfo {
         pid,
         program: name.to_owned(),
-        peer_pid: Some(slot.u32(offset_of!(Slot, peer_pid))).filter(|p| *p != 0),
+        // In another namespace than ours it is a number of that one.
+        peer_pid: Some(slot.u32(offset_of!(Slot, peer_pid))).filter(|p| *p != 0 && near),
         local: address(slot, family, offset_of!(Slot, local_addr), local_port),
         peer: address(slot, family, offset_of!(Slot, peer_addr), peer_port),
         role: if slot.u32(offset_of!(Slot, role)) == 0 { Role::Connect } else { Role::Accept },
@@ -312,21 +343,26 @@ mod tests {
         put(offset_of!(Slot, tx.mode), &tx_mode::RING.to_ne_bytes());
         put(offset_of!(Slot, tx.prod), &(LEFT | 99).to_ne_bytes());
         put(offset_of!(Slot, reason), &Reason::PeerNoSmc.code().to_ne_bytes());
-        let names = BTreeMap::from([(42, "redis".to_owned())]);
+        let held_by = |pid, near| Holder { pid, program: "redis".to_owned(), near };
+        let names = Names::from([(42, held_by(42, true))]);
         let c = decode(&Words(&slot), &names);
         assert_eq!((c.pid, c.program.as_str(), c.role), (42, "redis", Role::Accept));
         assert_eq!(c.local, "127.0.0.1:6379".parse().ok());
         assert_eq!((c.mode_tx, c.mode_rx, c.mode()), (Mode::Shm, Mode::Tcp, Mode::Shm));
         assert_eq!((c.tx_bytes_ring, c.reason, c.stale), (99, Some(Reason::PeerNoSmc), false));
-        let relatives = BTreeMap::from([(50, "redis".to_owned())]);
+        let relatives = Names::from([(50, held_by(50, true))]);
         assert!(decode(&Words(&slot), &relatives).stale);
+        // In a container whose 42 is our 1042.
+        let names = Names::from([(1042, held_by(1042, false)), (42, held_by(1042, false))]);
+        let c = decode(&Words(&slot), &names);
+        assert_eq!((c.pid, c.stale, c.peer_pid), (1042, false, None));
     }
 
     #[test]
     fn random_bytes_are_numbers_at_worst() {
         let slot: Vec<u8> = (0..SLOT_SIZE).map(|i| (i * 37) as u8).collect();
-        decode(&Words(&slot), &BTreeMap::new());
-        decode(&Words(&slot[..40]), &BTreeMap::new());
+        decode(&Words(&slot), &Names::new());
+        decode(&Words(&slot[..40]), &Names::new());
     }
 
     #[test]
