@@ -23,7 +23,8 @@ pub fn target_dir() -> PathBuf {
 /// The cargo that started this.
 pub fn cargo() -> Command {
     let mut c = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    c.current_dir(root()).stdin(Stdio::null());
+    // What is built here has the library beside the command.
+    c.current_dir(root()).stdin(Stdio::null()).env("SMC_CARRY_LIBRARY", "0");
     c
 }
 
