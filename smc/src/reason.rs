@@ -7,6 +7,13 @@
 macro_rules! reasons {
     ($($(#[$doc:meta])* $id:ident = $code:literal, $name:literal, $explain:literal;)*) => {
         /// Why a connection stays on TCP, went back to it, or why a handshake ended.
+        ///
+        /// ```
+        /// use smc::reason::Reason;
+        ///
+        /// assert_eq!(Reason::PeerNoSmc.to_string(), "peer-no-smc");
+        /// assert_eq!(Reason::try_from(0x0301_0000), Ok(Reason::PeerNoSmc));
+        /// ```
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[repr(u32)]
         #[non_exhaustive]
@@ -16,15 +23,29 @@ macro_rules! reasons {
 
         impl Reason {
             /// Every reason, in the order of the table.
+            ///
+            /// ```
+            /// for reason in smc::reason::Reason::ALL {
+            ///     println!("{reason}: {}", reason.explain());
+            /// }
+            /// ```
             pub const ALL: &[Reason] = &[$(Reason::$id,)*];
 
             /// Short name: lower case, words joined by `-`. A contract: it appears in JSON.
+            ///
+            /// ```
+            /// assert_eq!(smc::reason::Reason::ForkShared.name(), "fork-shared");
+            /// ```
             #[must_use]
             pub const fn name(self) -> &'static str {
                 match self { $(Reason::$id => $name,)* }
             }
 
             /// One sentence: what happened, and what to do where something can be done.
+            ///
+            /// ```
+            /// assert!(smc::reason::Reason::NoMemory.explain().contains("SMC_MEM_LIMIT"));
+            /// ```
             #[must_use]
             pub const fn explain(self) -> &'static str {
                 match self { $(Reason::$id => $explain,)* }
@@ -122,6 +143,10 @@ reasons! {
 
 impl Reason {
     /// The number: the kernel's where the meaning is the same.
+    ///
+    /// ```
+    /// assert_eq!(smc::reason::Reason::NoMemory.code(), 0x0101_0000);
+    /// ```
     #[must_use]
     pub const fn code(self) -> u32 {
         self as u32

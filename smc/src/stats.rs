@@ -1,13 +1,21 @@
 //! Counters: what connections and processes did, as `smc ss`, `smc stats` and `SMC_STATS` show it.
 //!
-//! The counters of a live connection are words of its [`arena`](crate::arena) slot; those of connections that
-//! are gone are summed in a [`TotalsPage`] of the arena's first page. Nobody is asked and nothing is locked:
+//! The counters of a live connection are words of its slot in its process's *arena*, a piece of memory; those of
+//! connections that are gone are summed in the arena's first page. Nobody is asked and nothing is locked:
 //! a reader opens `/proc/PID/fd/N` of a process's arena and reads the words, which the kernel allows for
 //! one's own processes, and for all to root. It never maps them: `pread` can't fault, whatever the owner
 //! does to the file meanwhile.
 //!
 //! Numbers of one connection are read without stopping it: they are near each other in time, not at one
 //! instant.
+//!
+//! ```
+//! for c in smc::stats::connections()? {
+//!     let why = c.reason.map_or("", |r| r.explain());
+//!     println!("{} {} sent {} bytes by {} {why}", c.pid, c.program, c.tx_bytes(), c.mode().name());
+//! }
+//! # Ok::<(), std::io::Error>(())
+//! ```
 
 mod json;
 mod page;
@@ -16,7 +24,9 @@ mod scan;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
+#[doc(hidden)]
 pub use json::escaped;
+#[doc(hidden)]
 pub use page::{TOTALS_OFFSET, TotalsPage};
 pub use scan::{connections, process, processes};
 
@@ -24,6 +34,14 @@ use crate::reason::Reason;
 use json::Object;
 
 /// Which end of the TCP connection a process has.
+///
+/// ```
+/// use smc::stats::Role;
+///
+/// let servers = smc::stats::connections()?.iter().filter(|c| c.role == Role::Accept).count();
+/// # println!("{servers}");
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// It called `connect`.
@@ -34,6 +52,10 @@ pub enum Role {
 
 impl Role {
     /// As JSON has it.
+    ///
+    /// ```
+    /// assert_eq!(smc::stats::Role::Accept.name(), "accept");
+    /// ```
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -43,7 +65,13 @@ impl Role {
     }
 }
 
-/// By which way bytes go.
+/// By which way bytes go. The better is the greater.
+///
+/// ```
+/// use smc::stats::Mode;
+///
+/// assert!(Mode::Shm > Mode::Tcp);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Mode {
     /// The kernel's TCP.
@@ -56,6 +84,10 @@ pub enum Mode {
 
 impl Mode {
     /// As `smc ss` and JSON have it.
+    ///
+    /// ```
+    /// assert_eq!(smc::stats::Mode::Shm.name(), "SHM");
+    /// ```
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -67,6 +99,16 @@ impl Mode {
 }
 
 /// One end of a connection, as [`connections`] found it.
+///
+/// ```
+/// use smc::stats::ConnectionInfo;
+///
+/// fn is_slow(c: &ConnectionInfo) -> bool {
+///     c.upgrades > 0 && c.mode_tx == smc::stats::Mode::Tcp && !c.peer_closed
+/// }
+/// # println!("{}", smc::stats::connections()?.iter().filter(|c| is_slow(c)).count());
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConnectionInfo {
     /// A process that holds this end.
@@ -129,24 +171,49 @@ impl ConnectionInfo {
     }
 
     /// The better of its two directions.
+    ///
+    /// ```
+    /// # fn example(c: &smc::stats::ConnectionInfo) {
+    /// println!("{} (sends by {}, receives by {})", c.mode().name(), c.mode_tx.name(), c.mode_rx.name());
+    /// # }
+    /// ```
     #[must_use]
     pub fn mode(&self) -> Mode {
         self.mode_tx.max(self.mode_rx)
     }
 
     /// Bytes sent by any way.
+    ///
+    /// ```
+    /// # fn example(c: &smc::stats::ConnectionInfo) {
+    /// assert_eq!(c.tx_bytes(), c.tx_bytes_ring + c.tx_bytes_tcp);
+    /// # }
+    /// ```
     #[must_use]
     pub fn tx_bytes(&self) -> u64 {
         self.tx_bytes_ring.saturating_add(self.tx_bytes_tcp)
     }
 
     /// Bytes received by any way.
+    ///
+    /// ```
+    /// # fn example(c: &smc::stats::ConnectionInfo) {
+    /// assert_eq!(c.rx_bytes(), c.rx_bytes_ring + c.rx_bytes_tcp);
+    /// # }
+    /// ```
     #[must_use]
     pub fn rx_bytes(&self) -> u64 {
         self.rx_bytes_ring.saturating_add(self.rx_bytes_tcp)
     }
 
     /// One JSON object, on one line; the schema is in `docs/STATISTICS.md`.
+    ///
+    /// ```
+    /// for c in smc::stats::connections()? {
+    ///     println!("{}", c.json());
+    /// }
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
     #[must_use]
     pub fn json(&self) -> String {
         let ring = |mode: Mode, tx: bool| match (self.best == mode, tx) {
@@ -181,6 +248,13 @@ impl ConnectionInfo {
 }
 
 /// Sums over connections: of a process, or of a process and those forked from it.
+///
+/// ```
+/// use smc::stats::{Mode, Totals};
+///
+/// let none = Totals::default();
+/// assert_eq!(none.connections[Mode::Shm as usize], 0);
+/// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Totals {
     /// Connections by the best mode each reached: TCP, SHM, RDMA.
@@ -205,6 +279,13 @@ pub struct Totals {
 
 impl Totals {
     /// Adds a connection that still lives.
+    ///
+    /// ```
+    /// let mut all = smc::stats::Totals::default();
+    /// smc::stats::connections()?.iter().for_each(|c| all.add(c));
+    /// println!("{:?} connections by TCP, memory, RDMA", all.connections);
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
     pub fn add(&mut self, c: &ConnectionInfo) {
         let best = c.best as usize;
         self.connections[best] += 1;
@@ -224,6 +305,11 @@ impl Totals {
     }
 
     /// The object that `SMC_STATS` writes and `smc stats --json` lists.
+    ///
+    /// ```
+    /// let json = smc::stats::Totals::default().json(7, "app");
+    /// assert!(json.starts_with(r#"{"pid":7,"program":"app","connections":{"shm":0"#));
+    /// ```
     #[must_use]
     pub fn json(&self, pid: u32, program: &str) -> String {
         let at = |of: &[u64; 3], mode: Mode| of[mode as usize];
@@ -258,6 +344,13 @@ impl Totals {
 }
 
 /// A process that libsmc is active in, with those forked from it that share its counters.
+///
+/// ```
+/// for p in smc::stats::processes()? {
+///     println!("{} {}: {} connections now", p.pid, p.program, p.live);
+/// }
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProcessInfo {
     /// The lowest pid of them.

@@ -33,6 +33,11 @@ use std::sync::{
 };
 
 /// Which end owns a link group's memory.
+///
+/// ```
+/// let ours = smc::LinkGroup::all().iter().filter(|g| g.key().owner == smc::Owner::Local).count();
+/// # println!("{ours}");
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Owner {
     /// We do: our ends of the connections are accepted ones.
@@ -42,6 +47,13 @@ pub enum Owner {
 }
 
 /// Which link group: the pair of processes, and whose memory.
+///
+/// ```
+/// fn show(key: &smc::LgrKey) {
+///     println!("process {} of user {}", key.pid, key.uid);
+/// }
+/// # smc::LinkGroup::all().iter().for_each(|g| show(g.key()));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LgrKey {
     /// The peer's process id, as the kernel says it (`SO_PEERCRED`).
@@ -56,7 +68,15 @@ pub struct LgrKey {
     pub number: u64,
 }
 
-/// A pair of processes and the memory they share. See the module's head.
+/// A pair of processes and the memory they share (RFC 7609, section 2.3). It is built at first contact, joined by
+/// subsequent ones, and ends with its last connection.
+///
+/// ```
+/// // No connection to come shares memory with this peer's process as it is.
+/// for group in smc::LinkGroup::all().iter().filter(|g| g.key().uid == 1000) {
+///     group.terminate();
+/// }
+/// ```
 #[derive(Debug)]
 pub struct LinkGroup {
     entry: Arc<Entry>,
@@ -75,13 +95,39 @@ enum Memory {
 }
 
 impl LinkGroup {
+    /// The link groups of this process as they are now.
+    ///
+    /// ```
+    /// for group in smc::LinkGroup::all() {
+    ///     println!("{:?}", group.key());
+    /// }
+    /// ```
+    #[must_use]
+    pub fn all() -> Vec<Arc<LinkGroup>> {
+        let mut all = Vec::new();
+        each(|g| all.push(g.clone()));
+        all
+    }
+
     /// Who the peer is.
+    ///
+    /// ```
+    /// for group in smc::LinkGroup::all() {
+    ///     println!("process {}", group.key().pid);
+    /// }
+    /// ```
     #[must_use]
     pub fn key(&self) -> &LgrKey {
         &self.entry.key
     }
 
     /// The number under which the owner of the memory knows the group.
+    ///
+    /// ```
+    /// for group in smc::LinkGroup::all() {
+    ///     println!("group {} of the process that owns it", group.number());
+    /// }
+    /// ```
     #[must_use]
     pub fn number(&self) -> u64 {
         match self.entry.key.owner {
@@ -98,6 +144,12 @@ impl LinkGroup {
 
     /// Takes no more connections, and is found by nobody. Connections that it has keep it alive, and can see
     /// it by [`LinkGroup::is_terminated`]. Any number of times.
+    ///
+    /// ```
+    /// for group in smc::LinkGroup::all() {
+    ///     group.terminate();
+    /// }
+    /// ```
     pub fn terminate(&self) {
         if self.entry.seat.terminate() {
             self.retire();
@@ -105,6 +157,11 @@ impl LinkGroup {
     }
 
     /// Whether [`LinkGroup::terminate`] was called.
+    ///
+    /// ```
+    /// let live = smc::LinkGroup::all().iter().filter(|g| !g.is_terminated()).count();
+    /// # println!("{live}");
+    /// ```
     #[must_use]
     pub fn is_terminated(&self) -> bool {
         self.entry.seat.is_terminated()
@@ -116,6 +173,11 @@ impl LinkGroup {
     }
 
     /// Segments mapped, and bytes in them; zeros while another thread changes them.
+    ///
+    /// ```
+    /// let bytes: u64 = smc::LinkGroup::all().iter().map(|g| g.segments().1).sum();
+    /// # println!("{bytes}");
+    /// ```
     #[must_use]
     pub fn segments(&self) -> (usize, u64) {
         match &self.memory {

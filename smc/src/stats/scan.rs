@@ -52,6 +52,12 @@ impl Words<'_> {
 
 /// A connection of every process whose arena may be read, in order of pid and address.
 ///
+/// ```
+/// let upgraded = smc::stats::connections()?.iter().filter(|c| c.mode() != smc::stats::Mode::Tcp).count();
+/// # println!("{upgraded}");
+/// # Ok::<(), std::io::Error>(())
+/// ```
+///
 /// # Errors
 /// If `/proc` can't be read.
 pub fn connections() -> io::Result<Vec<ConnectionInfo>> {
@@ -61,6 +67,13 @@ pub fn connections() -> io::Result<Vec<ConnectionInfo>> {
 }
 
 /// Every process whose arena may be read, with its sums.
+///
+/// ```
+/// for p in smc::stats::processes()? {
+///     println!("{}", p.totals.json(p.pid, &p.program));
+/// }
+/// # Ok::<(), std::io::Error>(())
+/// ```
 ///
 /// # Errors
 /// If `/proc` can't be read.
@@ -72,6 +85,12 @@ pub fn processes() -> io::Result<Vec<ProcessInfo>> {
 
 /// The sums of one process and those forked from it, and its connections; `None`: it has none under libsmc, or its
 /// arena may not be read. Looks at that process alone.
+///
+/// ```
+/// if let Some((process, connections)) = smc::stats::process(std::process::id()) {
+///     println!("{} has {} connections", process.program, connections.len());
+/// }
+/// ```
 #[must_use]
 pub fn process(pid: u32) -> Option<(ProcessInfo, Vec<ConnectionInfo>)> {
     let arena = those_of(Path::new("/proc"), &[pid]).into_iter().next()?;
