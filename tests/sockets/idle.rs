@@ -3,7 +3,7 @@
 
 use crate::{
     Scenario, log,
-    process::idle_peer,
+    process::{idle_peer, spawn_head},
     s,
     sys::{self, show},
     world::{Conn, End, World, address, listener},
@@ -11,7 +11,6 @@ use crate::{
 use libc::{EPOLL_CTL_ADD, EPOLLEXCLUSIVE, EPOLLIN};
 use std::{
     ffi::CStr,
-    ptr,
     sync::atomic::{AtomicBool, Ordering},
 };
 
@@ -87,20 +86,8 @@ fn stdio_beside_a_blocked_sender(w: &World) {
 /// The program that is started reads, and this one sends on.
 fn spawned_beside_a_blocked_sender(w: &World) {
     let c = said(w, "first\n");
-    let argv = [c"head".as_ptr().cast_mut(), c"-n1".as_ptr().cast_mut(), ptr::null_mut()];
-    let env = [ptr::null_mut()];
     beside_a_blocked_sender(w, &c, || {
-        let mut pid = 0;
-        // SAFETY: all-zero is replaced by init; every pointer is live.
-        let r = unsafe {
-            let mut fa: libc::posix_spawn_file_actions_t = std::mem::zeroed();
-            libc::posix_spawn_file_actions_init(&mut fa);
-            libc::posix_spawn_file_actions_adddup2(&mut fa, c.fd, 0);
-            let r =
-                libc::posix_spawnp(&mut pid, c"head".as_ptr(), &fa, ptr::null(), argv.as_ptr(), env.as_ptr());
-            libc::posix_spawn_file_actions_destroy(&mut fa);
-            r
-        };
+        let (r, pid) = spawn_head(&[(c.fd, 0)]);
         log!("{r} {}", sys::wait(pid));
     });
     // Twice closed at once: the number, and what blocked calls have had it under.

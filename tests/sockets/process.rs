@@ -1135,11 +1135,8 @@ fn spawn_cat(w: &World) {
     log!("far {} {}", w.far(&c, "hear"), sys::wait(pid));
 }
 
-/// Spawns a program on a duplicate that is made for it only there, while we keep ours.
-fn spawn_and_go_on(w: &World) {
-    let c = w.pair();
-    w.far(&c, "say first\nsecond\n");
-    c.arrived(13);
+/// `head -n1` by posix_spawnp(3), with these numbers duplicated to those: its result and the process.
+pub fn spawn_head(duplicates: &[(i32, i32)]) -> (i32, i32) {
     let mut pid = 0;
     let argv = [c"head".as_ptr().cast_mut(), c"-n1".as_ptr().cast_mut(), ptr::null_mut()];
     let env = [ptr::null_mut()];
@@ -1147,12 +1144,22 @@ fn spawn_and_go_on(w: &World) {
     let r = unsafe {
         let mut fa: libc::posix_spawn_file_actions_t = std::mem::zeroed();
         libc::posix_spawn_file_actions_init(&mut fa);
-        libc::posix_spawn_file_actions_adddup2(&mut fa, c.fd, 0);
-        libc::posix_spawn_file_actions_adddup2(&mut fa, c.fd, 1);
+        for (from, to) in duplicates {
+            libc::posix_spawn_file_actions_adddup2(&mut fa, *from, *to);
+        }
         let r = libc::posix_spawnp(&mut pid, c"head".as_ptr(), &fa, ptr::null(), argv.as_ptr(), env.as_ptr());
         libc::posix_spawn_file_actions_destroy(&mut fa);
         r
     };
+    (r, pid)
+}
+
+/// Spawns a program on a duplicate that is made for it only there, while we keep ours.
+fn spawn_and_go_on(w: &World) {
+    let c = w.pair();
+    w.far(&c, "say first\nsecond\n");
+    c.arrived(13);
+    let (r, pid) = spawn_head(&[(c.fd, 0), (c.fd, 1)]);
     w.start_far(&c, "hear");
     log!("{r} far {} {}", w.finish(), sys::wait(pid));
     log!("{}", show(sys::send(c.fd, b"ours\n", 0)));
@@ -1165,9 +1172,6 @@ fn spawn_beside_senders(w: &World) {
     let c = w.pair();
     w.far(&c, "say first\nsecond\n");
     c.arrived(13);
-    let mut pid = 0;
-    let argv = [c"head".as_ptr().cast_mut(), c"-n1".as_ptr().cast_mut(), ptr::null_mut()];
-    let env = [ptr::null_mut()];
     let (sent, go_on) = (AtomicU32::new(0), AtomicBool::new(true));
     let r = std::thread::scope(|s| {
         for _ in 0..2 {
@@ -1180,16 +1184,7 @@ fn spawn_beside_senders(w: &World) {
                 }
             });
         }
-        // SAFETY: all-zero is replaced by init; every pointer is live.
-        let r = unsafe {
-            let mut fa: libc::posix_spawn_file_actions_t = std::mem::zeroed();
-            libc::posix_spawn_file_actions_init(&mut fa);
-            libc::posix_spawn_file_actions_adddup2(&mut fa, c.fd, 0);
-            let r =
-                libc::posix_spawnp(&mut pid, c"head".as_ptr(), &fa, ptr::null(), argv.as_ptr(), env.as_ptr());
-            libc::posix_spawn_file_actions_destroy(&mut fa);
-            r
-        };
+        let (r, pid) = spawn_head(&[(c.fd, 0)]);
         log!("{}", sys::wait(pid));
         go_on.store(false, Ordering::Relaxed);
         r
