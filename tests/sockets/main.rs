@@ -50,7 +50,8 @@ pub struct Scenario {
     /// Needs more than a tiny ring holds, by its nature.
     not_tiny: bool,
     /// Leaves bytes unread in the ring: once their stream has left it, nobody can move them, or hears of the peer that
-    /// was to read them.
+    /// was to read them. Or counts on it that what is full stays full: a stream that leaves a full ring finds
+    /// TCP's buffers empty.
     unforced: bool,
     /// Takes long: a longer watchdog.
     slow: bool,
