@@ -536,7 +536,9 @@ impl Socket {
                 met
             }
             Step::Failed(why) => {
-                self.give_up(s, hs, why);
+                // Of a connection that was reset the kernel knows nothing, and that is no want of sock_diag.
+                let reset = why == Reason::NoSockDiag && sys::tcp_is_closed(fd);
+                self.give_up(s, hs, if reset { Reason::PeerGone } else { why });
                 false
             }
             Step::Done(est) => {
