@@ -3,10 +3,10 @@
 
 use crate::{
     Scenario, log,
-    process::{idle_peer, spawn_head},
+    process::{beside_an_idle_peer, spawn_head},
     s,
     sys::{self, show},
-    world::{Conn, End, World, address, listener},
+    world::{Conn, World},
 };
 use libc::{EPOLL_CTL_ADD, EPOLLEXCLUSIVE, EPOLLIN};
 use std::{
@@ -201,19 +201,11 @@ fn set_that_nobody_knows(w: &World) {
 
 /// The peer has slept in a set of its with the connection, and does something else now.
 fn stdin_of_a_peer_that_left_its_set(_: &World) {
-    let (l, port) = listener(&address("4", 0), 10);
-    let gate = sys::pipe();
-    let peer = idle_peer(port, gate[0], |fd| {
+    let (e, peer, gate) = beside_an_idle_peer(|fd| {
         let set = sys::epoll_create();
         sys::epoll_add(set, fd, EPOLLIN, 7);
         let _ = sys::epoll_wait(set, 4, 50);
     });
-    let mut e = End::new(sys::accept(l, None).expect("accept") as i32);
-    for _ in 0..200 {
-        e.get(1);
-        e.put(1);
-    }
-    e.arrived(10);
     // It is in the pipe by now.
     sys::sleep_ms(100);
     let pid = sys::fork(|| {
@@ -263,16 +255,8 @@ fn passed_and_closed(w: &World) {
 }
 
 fn passed_and_closed_by_a_killed_peer(_: &World) {
-    let (l, port) = listener(&address("4", 0), 10);
-    let gate = sys::pipe();
-    let peer = idle_peer(port, gate[0], |_| ());
+    let (e, peer, _gate) = beside_an_idle_peer(|_| ());
     let u = sys::unix_pair(libc::SOCK_STREAM);
-    let mut e = End::new(sys::accept(l, None).expect("accept") as i32);
-    for _ in 0..200 {
-        e.get(1);
-        e.put(1);
-    }
-    e.arrived(10);
     log!("{} {}", show(sys::sendmsg(u[0], &[b"x"], 0, Some(e.fd))), show(sys::close(e.fd)));
     sys::kill(peer, libc::SIGKILL);
     log!("{}", sys::wait(peer));

@@ -915,7 +915,7 @@ fn exec_with_tcp_full(w: &World) {
 }
 
 /// A peer of our own, that says something and then makes no call until told to end; what `gate` says then.
-pub fn idle_peer(port: u16, told: i32, then: impl FnOnce(i32)) -> i32 {
+fn idle_peer(port: u16, told: i32, then: impl FnOnce(i32)) -> i32 {
     sys::fork(|| {
         let fd = sys::socket(libc::AF_INET, libc::SOCK_STREAM).expect("socket") as i32;
         sys::connect(fd, &address("4", port)).expect("connect");
@@ -930,6 +930,20 @@ pub fn idle_peer(port: u16, told: i32, then: impl FnOnce(i32)) -> i32 {
         let _ = sys::read(told, &mut [0; 1]);
         0
     })
+}
+
+/// The end of a connection with such a peer, whose words are here, the peer, and its gate; `then` is the peer's last call.
+pub fn beside_an_idle_peer(then: impl FnOnce(i32)) -> (End, i32, [i32; 2]) {
+    let (l, port) = listener(&address("4", 0), 10);
+    let gate = sys::pipe();
+    let peer = idle_peer(port, gate[0], then);
+    let mut e = End::new(sys::accept(l, None).expect("accept") as i32);
+    for _ in 0..200 {
+        e.get(1);
+        e.put(1);
+    }
+    e.arrived(10);
+    (e, peer, gate)
 }
 
 /// `gone_first`: the peer ends before the connection is handed on; `late`: not before all has been read.
@@ -1008,15 +1022,7 @@ fn exec_with_an_idle_peer(_: &World) {
 /// What is done with a connection that has ten bytes waiting and whose peer makes no call, in a process with no other
 /// thread: stdio reads by names that no library sees.
 fn with_an_idle_peer(kill: bool, what: impl FnOnce(&End)) {
-    let (l, port) = listener(&address("4", 0), 10);
-    let gate = sys::pipe();
-    let peer = idle_peer(port, gate[0], |_| ());
-    let mut e = End::new(sys::accept(l, None).expect("accept") as i32);
-    for _ in 0..200 {
-        e.get(1);
-        e.put(1);
-    }
-    e.arrived(10);
+    let (e, peer, gate) = beside_an_idle_peer(|_| ());
     what(&e);
     if kill {
         sys::kill(peer, libc::SIGKILL);
