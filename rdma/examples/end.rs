@@ -1,11 +1,12 @@
 //! Either end of a connection, for the tests: a program that knows sockets and nothing else.
 //!
 //!     end serve ADDRESS PORT CONNECTIONS WHAT BYTES    prints "listening", and at the end "served"
+//!     end fork LATE ADDRESS PORT WHAT BYTES    one connection, by a child; its parent closes it LATE ms after the fork
 //!     end connect FROM ADDRESS PORT CONNECTIONS WHAT BYTES    prints "done"
 //!
 //! WHAT: `up` the client sends and shuts down, the server answers with the count; `down` the server sends and closes;
 //! `both` at once in both directions; `echo` the client sends 64 bytes at a time and gets them back; `first` the server
-//! greets, then as `echo`; `rst` the server closes with bytes unread; `hang` the
+//! greets, then as `echo`; `late` as `echo`, the server 7 s late; `rst` the server closes with bytes unread; `hang` the
 //! server says "hanging" and is killed; `slow` as `echo`, and once more over a connection whose server does not read
 //! before all others are through: the client fills it, the others go on, and then it says "open" and waits for a line.
 //! Each byte is checked.
@@ -16,6 +17,7 @@ use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
 use std::os::fd::FromRawFd;
 use std::sync::{Condvar, Mutex};
 use std::thread;
+use std::time::Duration;
 
 const PIECE: usize = 48_611;
 
@@ -141,6 +143,10 @@ fn served(mut s: TcpStream, what: &str, bytes: u64) {
         "down" => send(&s, bytes),
         "both" => both(&s, bytes),
         "echo" => echo(&s),
+        "late" => {
+            thread::sleep(Duration::from_secs(7));
+            echo(&s);
+        }
         "first" => {
             s.write_all(b"hello\n").unwrap();
             echo(&s);
@@ -167,7 +173,7 @@ fn connected(mut s: TcpStream, what: &str, bytes: u64) {
         }
         "down" => assert_eq!(receive(&s, None), bytes),
         "both" => both(&s, bytes),
-        "echo" => ping(&s, bytes),
+        "echo" | "late" => ping(&s, bytes),
         "first" => {
             let mut hello = [0; 6];
             s.read_exact(&mut hello).unwrap();
@@ -181,6 +187,22 @@ fn connected(mut s: TcpStream, what: &str, bytes: u64) {
         }
         what => panic!("{what}?"),
     }
+}
+
+/// A child serves the connection, which this process has as well for so long.
+fn served_by_child(s: TcpStream, late: u64, what: &str, bytes: u64) {
+    // SAFETY: the only thread of the process.
+    let pid = unsafe { libc::fork() };
+    if pid == 0 {
+        served(s, what, bytes);
+        std::process::exit(0);
+    }
+    thread::sleep(Duration::from_millis(late));
+    drop(s);
+    let mut status = 1;
+    // SAFETY: a place for the status.
+    assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
+    assert_eq!(status, 0);
 }
 
 /// A connection from that address.
@@ -218,6 +240,14 @@ fn main() {
                     t.spawn(move || served(s, what, bytes.parse().unwrap()));
                 }
             });
+            println!("served");
+        }
+        ["fork", late, at, port, what, bytes] => {
+            let at = SocketAddrV4::new(at.parse().unwrap(), port.parse().unwrap());
+            let l = TcpListener::bind(at).unwrap();
+            println!("listening");
+            let s = l.accept().unwrap().0;
+            served_by_child(s, late.parse().unwrap(), what, bytes.parse().unwrap());
             println!("served");
         }
         ["connect", from, at, port, n, what, bytes] => {

@@ -6,13 +6,14 @@
 #[path = "world/pair.rs"]
 mod pair_of;
 
+use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddrV4, TcpListener};
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use pair_of::{End, Moved, echo, ends, port};
+use pair_of::{End, Moved, echo, ends, library, port, program};
 
 /// A server and a client; what each has moved.
 fn pair(n: u64, what: &str, bytes: u64, settings: &[(&str, &str)]) -> (Moved, Moved) {
@@ -155,6 +156,57 @@ fn a_plain_client_that_waits_for_the_server() {
     server.says("listening");
     End::start(&["connect", &a, &b, &port, "1", "first", "6400"], true, &[]).ends("done");
     assert_eq!(server.ends("served"), Moved { rdma: 0, tcp: 1, rdma_tx: 0, rdma_rx: 0, back: 0 });
+}
+
+/// A child serves the connection and reads before its parent, which has it too, has closed it: what comes first is the
+/// Proposal.
+#[test]
+#[ignore = "needs SMC_TEST_RDMA"]
+fn a_parent_that_lets_go_after_its_child_reads() {
+    let ([a, b], port) = (ends(), port().to_string());
+    for what in ["up", "first"] {
+        let mut server = End::start(&["fork", "300", &b, &port, what, "6400"], false, &[]);
+        server.says("listening");
+        let client = End::start(&["connect", &a, &b, &port, "1", what, "6400"], false, &[]).ends("done");
+        assert_eq!((client.rdma, client.tcp), (1, 0), "{what}: {client:?}");
+        server.ends("served");
+    }
+}
+
+/// The same where the parent keeps the connection for longer than anybody waits: the Proposal is declined.
+#[test]
+#[ignore = "needs SMC_TEST_RDMA"]
+fn a_parent_that_keeps_what_its_child_serves() {
+    let ([a, b], port) = (ends(), port().to_string());
+    for what in ["up", "first", "both"] {
+        let mut server = End::start(&["fork", "2500", &b, &port, what, "6400"], false, &[]);
+        server.says("listening");
+        let client = End::start(&["connect", &a, &b, &port, "1", what, "6400"], false, &[]).ends("done");
+        assert_eq!((client.rdma, client.tcp), (0, 1), "{what}: {client:?}");
+        server.ends("served");
+    }
+}
+
+/// A server that its peer takes to speak SMC, and that has no libsmc-rdma.so: its program does not read the Proposal, nor
+/// the Decline of a client that has waited.
+#[test]
+#[ignore = "needs SMC_TEST_RDMA"]
+fn a_server_without_rdma_does_not_read_the_proposal() {
+    let ([a, b], port) = (ends(), port().to_string());
+    let folder = library().join("alone");
+    fs::create_dir_all(&folder).unwrap();
+    fs::copy(library().join("libsmc.so"), folder.join("libsmc.so")).unwrap();
+    let shim = folder.join("libsmc.so").display().to_string();
+    for what in ["up", "down", "both", "echo", "first", "late"] {
+        let mut c = Command::new("env");
+        c.arg(format!("LD_PRELOAD={shim}")).arg(program());
+        c.envs([("SMC_PEERS", "10.77.0.0/24"), ("SMC_TEST_REMOTE", "1")]);
+        let mut server = End::by(c, &["serve", &b, &port, "1", what, "6400"], true, &[]);
+        server.says("listening");
+        let client = End::start(&["connect", &a, &b, &port, "1", what, "6400"], false, &[]).ends("done");
+        assert_eq!((client.rdma, client.tcp), (0, 1), "{what}: {client:?}");
+        server.ends("served");
+    }
 }
 
 /// A server that accepts late: the client's bytes have waited, then gone by TCP behind a Decline; the server finds the

@@ -61,12 +61,17 @@ fn under(program: &str, name: &str, args: &[&str]) -> Command {
     c
 }
 
-/// A server; killed at the end.
+/// A server; killed at the end. What it said is shown if the test has failed.
 struct Server(Child);
 
 impl Server {
+    fn said() -> PathBuf {
+        folder().join("server.said")
+    }
+
     fn start(c: &mut Command) -> Self {
-        Self(c.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
+        let said = fs::File::create(Self::said()).unwrap();
+        Self(c.stdout(said.try_clone().unwrap()).stderr(said).spawn().unwrap())
     }
 
     /// Until the client that is asked says that it is there.
@@ -82,6 +87,9 @@ impl Drop for Server {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
+        if thread::panicking() {
+            println!("the server:\n{}", fs::read_to_string(Self::said()).unwrap_or_default());
+        }
     }
 }
 

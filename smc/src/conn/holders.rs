@@ -161,6 +161,9 @@ impl Socket {
         let _ = s.rise(self.token.swap(0, Relaxed));
         // ORDERING [holders] AcqRel; pairs with the Acquire in `alone`. Carries: our last writes to the slot.
         let before = s.holders.fetch_sub(1, AcqRel);
+        if before == 2 {
+            self.wake_last(s);
+        }
         if before == 2
             && let Some(names) = s.names()
             && let [pid] = names[..]

@@ -157,7 +157,8 @@ pub struct Socket {
     parked: AtomicU32,
     /// Calls of this process that sleep for room to send, and for nothing else of the connection's.
     outward: AtomicU32,
-    /// Its peer may be on another host, and no call has asked yet, see `remote.rs`.
+    /// Its peer may be on another host, and no call has asked yet, or its stream may begin with a message, see
+    /// `remote.rs`.
     wanted: AtomicU32,
     /// 1: it was handed to a program or process that does not count as a holder.
     handed: AtomicU32,

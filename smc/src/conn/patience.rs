@@ -45,16 +45,22 @@ impl Patience {
 
     /// poll(2), which a signal may end early; whether something is ready. `None`: the time is over.
     pub(super) fn poll(&mut self, list: &mut [libc::pollfd]) -> Option<bool> {
+        let mut r = 0;
+        self.sleep(ROUND, |ns| r = sys::poll(list, Some(ns))).then_some(r > 0)
+    }
+
+    /// Calls `f` with how long it may sleep, `round` at most; false: the time is over.
+    pub(super) fn sleep(&mut self, round: u64, f: impl FnOnce(u64)) -> bool {
         if self.0 == 0 {
-            return None;
+            return false;
         }
         let start = sys::now_ns();
-        let r = sys::poll(list, Some(self.0.min(ROUND)));
+        f(self.0.min(round));
         let now = sys::now_ns();
         let spent = now.saturating_sub(start);
         self.0 = self.0.saturating_sub(spent);
         let _ = FULL_AT.fetch_update(Relaxed, Relaxed, |at| Some(after(at, now, spent)));
-        Some(r > 0)
+        true
     }
 
     /// Sleeps for a moment; false: the time is over.

@@ -35,13 +35,16 @@ use crate::once::Once;
 use crate::option;
 use crate::reason::Reason;
 use crate::remote::{Conn, says};
+use crate::section;
 use crate::sync::{AtomicU32, Ordering::*, fence};
 use crate::sys;
 use crate::wire::smcr::clc::{self, Decline, Decoded, Message};
 use crate::wire::smcr::{Diagnosis, PeerId};
 
-/// Values of [`Socket::wanted`].
+/// Values of [`Socket::wanted`]; 0: nothing is.
 const WANTED: u32 = 1;
+/// This end can't, and the listed peer does not know: what its stream begins with may be a CLC message.
+const SIFTED: u32 = 2;
 /// Why a connection does not enter the ring for a peer on another host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum No {
@@ -51,6 +54,8 @@ enum No {
     Because(Reason),
     /// Its peer was promised SMC, and was told that there is none, for this.
     Refused(Reason),
+    /// It has accepted a connection of a listed peer, which may have asked or may yet, and can't for this.
+    Unasked(Reason),
 }
 
 impl From<Reason> for No {
@@ -61,6 +66,13 @@ impl From<Reason> for No {
 
 /// How long the peer's first message may take, in nanoseconds: as in the kernel.
 const CLC_WAIT: u64 = 6_000_000_000;
+/// Bytes that begin like a CLC message and do not go on are the program's after so long.
+const START_WAIT: u64 = 2_000_000_000;
+/// How long the process that a server forked waits for its parent to close the connection. Between the two calls of the
+/// parent is nothing but what else runs on its CPU.
+const ALONE_WAIT: u64 = 1_000_000_000;
+/// How long it sleeps at a time: a parent that is killed wakes nobody.
+const ALONE_ROUND: u64 = 20_000_000;
 /// The longest CLC message has fewer bytes.
 const MOST_CLC: usize = 2048;
 
@@ -126,7 +138,7 @@ impl Socket {
     /// ring.
     #[inline]
     pub fn meet(&self, fd: i32) {
-        if self.wanted.load(Relaxed) == WANTED {
+        if self.wanted.load(Relaxed) != 0 {
             self.meet_peer(fd);
         }
     }
@@ -136,18 +148,25 @@ impl Socket {
         let Some(s) = self.slot() else { return };
         // Whoever comes second waits: no byte goes by TCP while it is not known whether any may.
         let _h = lock::lock(&self.handshake_lock);
-        if self.wanted.load(Relaxed) != WANTED {
-            return;
+        match self.wanted.load(Relaxed) {
+            WANTED => {}
+            SIFTED => {
+                self.sift(fd, s);
+                return;
+            }
+            _ => return,
         }
         if self.phase.load(Relaxed) != phase::COUNTING {
             return self.decline(fd, s, Reason::SocketOption);
         }
-        match self.begin(fd, s) {
+        let begun = self.begin(fd, s);
+        match begun {
             // There is no peer yet, or another process holds the socket as well.
             Err(No::Because(Reason::TooShort | Reason::ForkShared)) => {}
             Ok(()) | Err(No::Concern) => self.wanted.store(0, Relaxed),
-            Err(No::Because(why) | No::Refused(why)) => {
-                self.wanted.store(0, Relaxed);
+            Err(No::Because(why) | No::Refused(why) | No::Unasked(why)) => {
+                let wanted = if matches!(begun, Err(No::Unasked(_))) { SIFTED } else { 0 };
+                self.wanted.store(wanted, Relaxed);
                 s.reason.store(why.code(), Relaxed);
                 crate::report::log_fallback(s, why);
             }
@@ -189,12 +208,110 @@ impl Socket {
         if !promised && !listed {
             return Err(No::Concern);
         }
-        match self.enter(fd, s, &ends, promised) {
+        let mut entered = self.enter(fd, s, &ends, promised);
+        if entered == Err(Reason::ForkShared) && self.is_alone_soon(s) {
+            entered = self.enter(fd, s, &ends, promised);
+        }
+        match entered {
             Err(why) if promised => {
                 self.refuse(fd, s, why);
                 Err(No::Refused(why))
             }
+            // Not asked for, or not yet.
+            Err(why @ (Reason::Excluded | Reason::TooShort)) => Err(No::Because(why)),
+            Err(why) if s.role.load(Relaxed) != 0 && self.untouched(fd, s) => {
+                // What is taken out of the stream is in the kernel's counts and not in ours.
+                s.barred.fetch_or(1, Relaxed);
+                self.phase.store(phase::OFF, Relaxed);
+                Err(No::Unasked(why))
+            }
             entered => Ok(entered?),
+        }
+    }
+
+    /// Another process holds the socket as well: sleeps until it does not, as it is between a server's fork and its
+    /// close of the connection that the child serves. False: it has kept it, or this process has no time.
+    #[cold]
+    fn is_alone_soon(&self, s: &Slot) -> bool {
+        let mut patience = Patience::new(ALONE_WAIT);
+        loop {
+            // ORDERING [holders] Acquire; pairs with the AcqRel of who was counted off. One that goes after this has
+            // changed the word by the time the kernel compares it, or wakes us (`let_go`).
+            let n = s.holders.load(Acquire);
+            if n == 1 || self.bury_dead(s) {
+                return true;
+            }
+            if !patience.sleep(ALONE_ROUND, |ns| _ = sys::futex_wait(&s.holders, n, Some(ns))) {
+                return false;
+            }
+        }
+    }
+
+    /// This process has let go, and one is left: it may wait for that.
+    pub(super) fn wake_last(&self, s: &Slot) {
+        if self.wanted.load(Relaxed) != 0 {
+            sys::futex_wake(&s.holders, i32::MAX as u32);
+        }
+    }
+
+    /// A read by TCP begins, of a stream that may begin with a CLC message. Waits as the read would; what the read is to
+    /// return, if there is nothing for it.
+    #[inline]
+    pub(super) fn await_start(&self, fd: i32, s: &Slot, flags: i32, bytes: usize) -> Option<isize> {
+        if self.wanted.load(Relaxed) != SIFTED || bytes == 0 { None } else { self.sift_first(fd, s, flags) }
+    }
+
+    #[cold]
+    fn sift_first(&self, asked: i32, s: &Slot, flags: i32) -> Option<isize> {
+        let mut patience = Patience::new(START_WAIT);
+        let flags = libc::MSG_PEEK | flags & libc::MSG_DONTWAIT;
+        loop {
+            let fd = self.fd_now(asked);
+            // All that may be said of a read without bytes is said of this one: it waits like that, and ends like that.
+            let n = section::window(self, &mut || (), &mut |_| sys::recv_small(fd, &mut [0], flags));
+            if n <= 0 {
+                return if n < 0 { Some(n) } else { None };
+            }
+            let _h = lock::lock(&self.handshake_lock);
+            if self.wanted.load(Relaxed) != SIFTED {
+                return None;
+            }
+            // The rest of what has begun may come, or be none. poll(2) would say at once that something is there.
+            if self.sift(self.fd_now(asked), s) == Sifted::Part && !patience.nap() {
+                self.wanted.store(0, Relaxed);
+            }
+        }
+    }
+
+    /// Under the handshake's lock: takes CLC messages out of the start of the stream. A Proposal is declined, unless
+    /// the program's bytes went first: those say as much to a peer that waits for an Accept.
+    fn sift(&self, fd: i32, s: &Slot) -> Sifted {
+        let mut bytes = [0; MOST_CLC];
+        loop {
+            // A process that shares the socket has read what is the program's.
+            if s.rx.tcp.load(Relaxed) != 0 {
+                self.wanted.store(0, Relaxed);
+                return Sifted::Known;
+            }
+            match clc::decode(peek(fd, &mut bytes)) {
+                Ok(Decoded::Message(m, n)) => {
+                    sys::recv_small(fd, &mut vec![0; n], NOW);
+                    if matches!(m, Message::Decline(_)) {
+                        self.wanted.store(0, Relaxed);
+                        return Sifted::Known;
+                    }
+                    if s.tx.tcp.load(Relaxed) == 0 {
+                        let why = Reason::try_from(s.reason.load(Relaxed)).unwrap_or(Reason::HandshakeFailed);
+                        let _ = tell(fd, why);
+                    }
+                    // Who has given up meanwhile has said so behind it.
+                }
+                Ok(Decoded::NeedTotal(_)) => return Sifted::Part,
+                Err(_) => {
+                    self.wanted.store(0, Relaxed);
+                    return Sifted::Known;
+                }
+            }
         }
     }
 
@@ -448,21 +565,42 @@ pub fn decline_unknown(fd: i32, accepted: bool, why: Reason) {
 /// Declines, when it is time to. False: it can't.
 #[cold]
 fn turn_down(fd: i32, accepted: bool, why: Reason) -> bool {
-    let diagnosis = Diagnosis(why.code());
-    let decline = Decline { peer: PeerId([0; 8]), diagnosis, out_of_sync: false, v2: None };
-    let bytes = clc::encode(&Message::Decline(decline));
-    let tell = || sys::send_small(fd, &bytes, NOW | libc::MSG_NOSIGNAL) == bytes.len() as isize;
     match accepted {
-        false => tell(),
+        false => tell(fd, why),
         true => match first_message(fd) {
             First::Declined | First::None => true,
-            First::Other => tell(),
+            First::Other => tell(fd, why),
             First::Late => false,
         },
     }
 }
 
+/// Sends a Decline; false: TCP did not take it.
+fn tell(fd: i32, why: Reason) -> bool {
+    let diagnosis = Diagnosis(why.code());
+    let decline = Decline { peer: PeerId([0; 8]), diagnosis, out_of_sync: false, v2: None };
+    let bytes = clc::encode(&Message::Decline(decline));
+    sys::send_small(fd, &bytes, NOW | libc::MSG_NOSIGNAL) == bytes.len() as isize
+}
+
 const NOW: i32 = libc::MSG_DONTWAIT;
+
+/// What has come, left where it is.
+fn peek(fd: i32, bytes: &mut [u8; MOST_CLC]) -> &[u8] {
+    // Asked for first: of a socket with an error and no bytes, recv(2) would take the error.
+    let some = sys::ioctl_int(fd, libc::FIONREAD).is_ok_and(|n| n > 0);
+    let n = if some { sys::recv_small(fd, bytes, libc::MSG_PEEK | NOW) } else { 0 };
+    bytes.get(..usize::try_from(n).unwrap_or(0)).unwrap_or_default()
+}
+
+/// What is known of the start of a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sifted {
+    /// From here on it is the program's.
+    Known,
+    /// Nothing has come, or less than tells.
+    Part,
+}
 
 /// What the peer's stream begins with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -482,10 +620,8 @@ fn first_message(fd: i32) -> First {
     let mut patience = Patience::new(CLC_WAIT);
     let mut bytes = [0; MOST_CLC];
     loop {
-        // Asked for first: of a socket with an error and no bytes, recv(2) would take the error.
-        let some = sys::ioctl_int(fd, libc::FIONREAD).is_ok_and(|n| n > 0);
-        let n = if some { sys::recv_small(fd, &mut bytes, libc::MSG_PEEK | NOW) } else { 0 };
-        let seen = bytes.get(..usize::try_from(n).unwrap_or(0)).unwrap_or_default();
+        let seen = peek(fd, &mut bytes);
+        let some = !seen.is_empty();
         match clc::decode(seen) {
             Ok(Decoded::Message(m, n)) => {
                 sys::recv_small(fd, &mut vec![0; n], NOW);

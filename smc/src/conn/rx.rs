@@ -174,7 +174,7 @@ impl Socket {
                 {
                     return e;
                 }
-                rx_mode::TCP if done == 0 => match self.recv_tcp(fd, s, flags, kernel) {
+                rx_mode::TCP if done == 0 => match self.recv_tcp(fd, s, flags, v.total, kernel) {
                     Some(r) => return self.hear(fd, s, r, v.iov),
                     None => continue,
                 },
@@ -305,8 +305,11 @@ impl Socket {
     }
 
     /// A counted read of TCP before the switch is in sight. `None`: the mode has changed, look again.
-    fn recv_tcp(&self, fd: i32, s: &Slot, flags: i32, kernel: Kernel<'_>) -> Option<isize> {
+    fn recv_tcp(&self, fd: i32, s: &Slot, flags: i32, bytes: usize, kernel: Kernel<'_>) -> Option<isize> {
         self.advance(fd, s);
+        if let Some(nothing) = self.await_start(fd, s, flags, bytes) {
+            return Some(nothing);
+        }
         self.inside(s).rx.fetch_add(1, SeqCst);
         // ORDERING [gate] fence; pairs with the fence in `try_ready`.
         fence(SeqCst);
