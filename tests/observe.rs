@@ -125,6 +125,30 @@ fn a_connection_to_a_peer_without_libsmc_stays_on_tcp_and_says_why() {
     assert!(shown, "smc ss -a did not name a reason");
 }
 
+/// Also if it ends long before the peer has had its time to answer: who asks wants to hear of each.
+#[test]
+fn who_requires_it_hears_of_a_short_connection_that_was_not_upgraded() {
+    let (_server, address) = server(false);
+    let out = smc(&[
+        "run",
+        "--require",
+        "--upgrade-after",
+        "0",
+        "--",
+        &example("plain_client"),
+        &address,
+        "pingpong",
+        "0.01",
+    ])
+    .stderr(Stdio::piped())
+    .output()
+    .expect("it starts");
+    assert!(out.status.success());
+    let said = String::from_utf8_lossy(&out.stderr);
+    let lines: Vec<&str> = said.lines().collect();
+    assert!(matches!(lines[..], [line] if line.contains(": TCP (peer-no-smc): ")), "{said}");
+}
+
 #[test]
 fn nothing_is_printed_and_the_stream_is_whole_with_the_library_switched_off() {
     let (_server, address) = server(true);

@@ -146,6 +146,7 @@ impl Socket {
     /// this process is the last holder.
     pub fn before_close(&self, fd: i32) -> bool {
         let Some(s) = self.slot() else { return true };
+        self.tell_candidate(s);
         self.bar_handshake();
         self.closed.store(1, Release);
         if s.holders.load(Acquire) > 1 && !self.is_plain() {
@@ -339,6 +340,7 @@ impl Socket {
     /// none it is as if it were closed.
     pub fn exiting(&self, fd: i32) {
         let fd = self.fd_now(fd);
+        self.slot().into_iter().for_each(|s| self.tell_candidate(s));
         if let Some(s) = self.slot()
             && self.let_go(s) == 1
             && !lock::held_by_me(&s.tx.lock)
@@ -355,6 +357,17 @@ impl Socket {
             && self.let_go(s) == 1
         {
             self.end_tx(fd);
+        }
+    }
+
+    /// At the end: a connection that would have been upgraded, and for which nobody was found until now, has stayed on TCP.
+    fn tell_candidate(&self, s: &Slot) {
+        let waits = matches!(self.phase.load(Relaxed), phase::COUNTING | phase::HANDSHAKE);
+        if waits
+            && self.tries.load(Relaxed) > 0
+            && let Ok(why) = Reason::try_from(s.reason.load(Relaxed))
+        {
+            crate::report::log_fallback(s, why);
         }
     }
 
