@@ -3,6 +3,8 @@
 //!
 //! ```text
 //! <!-- run                          as it stands
+//! in: vm                            in a virtual machine, that of `cargo xtask vm`: it changes the machine
+//! limit: 1200                       seconds that it may take, if more than most
 //! needs: redis-server               programs; where one is not here the block is left out
 //! as: postgres                      the user that runs it
 //! first: COMMAND                    before it, as root; for Rust, statements that stand before it
@@ -12,8 +14,8 @@
 //! <!-- not run: WHY -->
 //! ```
 //!
-//! A block has a network, process numbers and a folder of its own, in which `target/release` and the commands `smc` and
-//! `cargo` are as in the checkout. After a line that ends in `&` the next one waits until somebody listens who did not
+//! Outside a virtual machine a block has a network, process numbers and a folder of its own, in which `target/release` and the commands `smc` and
+//! `cargo` are as in the checkout, which is $CHECKOUT. After a line that ends in `&` the next one waits until somebody listens who did not
 //! before. JSON must parse, Rust compile; `text` is no command.
 
 use std::{
@@ -29,13 +31,14 @@ use libtest_mimic::{Arguments, Failed, Trial};
 #[path = "harness/mod.rs"]
 mod harness;
 
-/// Kills what hangs.
-const LIMIT: &str = "300";
+/// Kills what hangs, after so many seconds.
+const LIMIT: u32 = 300;
 
 /// What a block is run by: `$1` is its folder, `$2` the library's build, `$3` the checkout, `$4` the user, `$5` cargo.
 const SCRIPT: &str = r#"
 set -eu
 cd "$1"
+export CHECKOUT="$3"
 for folder in /run /var/log /var/lib/nginx /var/lib/postgresql /etc/nginx; do
   [ ! -d "$folder" ] || mount -t tmpfs -o mode=755 tmpfs "$folder"
 done
@@ -142,7 +145,7 @@ fn marked(comment: &str) -> Mark {
 
 /// Why a block may not be as it is.
 fn amiss(block: &Block) -> Option<String> {
-    const KEYS: [&str; 5] = ["needs", "as", "first", "ready", "then"];
+    const KEYS: [&str; 7] = ["in", "limit", "needs", "as", "first", "ready", "then"];
     match (&*block.language, &block.mark) {
         (_, Mark::NotRun(why)) if why.is_empty() => Some("not run, and not said why".into()),
         (_, Mark::Run(pairs)) => {
@@ -203,13 +206,28 @@ fn runs(block: &Block, pairs: &[(String, String)]) -> Result<(), Failed> {
     let cargo =
         env::var_os("CARGO").map(PathBuf::from).or_else(|| which("cargo")).ok_or("cargo is not in PATH")?;
 
-    let mut command = Command::new("timeout");
-    command.args(["--kill-after=5", LIMIT]).arg(env::current_exe()?).arg("--alone");
-    command.args(["bash", "-c", SCRIPT, "documents"]).arg(at).arg(release()).arg(root()).arg(user).arg(cargo);
+    let value = |key: &str| pairs.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str());
+    let limit = value("limit").map_or(Ok(LIMIT), str::parse)?.to_string();
     let path = format!("{}/bin:{}", at.display(), search_path());
-    command.env_clear().env("PATH", path).env("HOME", at).env("LC_ALL", "C.UTF-8").env("TERM", "dumb");
-    command.env("CARGO_HOME", of_home("CARGO_HOME", ".cargo"));
-    command.env("RUSTUP_HOME", of_home("RUSTUP_HOME", ".rustup"));
+    let mut command = Command::new("timeout");
+    if value("in") == Some("vm") {
+        // It ends in time by itself. Of this one's environment it has nothing.
+        command.arg("--kill-after=5").arg("3600").arg(&cargo).current_dir(root());
+        command.args(["xtask", "vm", "--timeout", &limit, "env", &format!("PATH={path}"), "LC_ALL=C.UTF-8"]);
+        command.arg(format!("HOME={}", at.display()));
+    } else {
+        command.arg("--kill-after=5").arg(limit).arg(env::current_exe()?).arg("--alone");
+        command.env_clear().env("PATH", path).env("HOME", at).env("LC_ALL", "C.UTF-8").env("TERM", "dumb");
+        command.env("CARGO_HOME", of_home("CARGO_HOME", ".cargo"));
+        command.env("RUSTUP_HOME", of_home("RUSTUP_HOME", ".rustup"));
+    }
+    command
+        .args(["bash", "-c", SCRIPT, "documents"])
+        .arg(at)
+        .arg(release())
+        .arg(root())
+        .arg(user)
+        .arg(&cargo);
     for name in ["CARGO_TARGET_DIR", "RUSTFLAGS", "RUSTUP_TOOLCHAIN"] {
         if let Some(value) = env::var_os(name) {
             command.env(name, value);
@@ -334,7 +352,12 @@ fn main() -> ExitCode {
                     let needed =
                         pairs.iter().filter(|(k, _)| k == "needs").flat_map(|(_, v)| v.split_whitespace());
                     let missing: Vec<_> = needed.filter(|p| which(p).is_none()).collect();
-                    let why = if is_root { missing.join(", ") } else { "root".into() };
+                    let foreign = pairs.iter().any(|(k, _)| k == "in") && !cfg!(target_arch = "x86_64");
+                    let why = match is_root {
+                        false => "root".into(),
+                        true if foreign => "a virtual machine".into(),
+                        true => missing.join(", "),
+                    };
                     let left_out = !why.is_empty();
                     if left_out {
                         eprintln!("{name}: left out, for want of {why}");

@@ -19,7 +19,10 @@ if [ ${#missing[@]} != 0 ]; then
   DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends -o DPkg::Lock::Timeout=600 \
     install "${missing[@]}" >"$cache/apt.log" 2>&1 || { tail -n 5 "$cache/apt.log" >&2; exit 1; }
 fi
-[ ! -e "$cache/ready" ] || exit 0
+# The modules that are loaded, at boot and later.
+boot=(9pnet_virtio 9p overlay virtio_console veth)
+later=(crc32_generic libcrc32c rdma_rxe ib_uverbs rdma_ucm sch_netem smc smc_diag tcp_diag)
+[ "$(cat "$cache/ready" 2>/dev/null)" != "${boot[*]} ${later[*]}" ] || exit 0
 
 # Linux 6.11 is the first that opens SMC sockets by IPPROTO_SMC; bookworm has such a one among its backports.
 . /etc/os-release
@@ -40,9 +43,7 @@ rm -rf "$cache"/{pkg,root,initramfs}
 mkdir -p "$cache"/{pkg,initramfs/mod}
 (cd "$cache/pkg" && apt-get "${options[@]}" download "$image" >&2 && dpkg-deb -x ./*.deb . && rm ./*.deb)
 
-# The modules that are loaded, unpacked: xz takes long under emulation.
-boot=(9pnet_virtio 9p overlay virtio_console veth)
-later=(crc32_generic libcrc32c rdma_rxe ib_uverbs rdma_ucm sch_netem smc smc_diag)
+# Unpacked: xz takes long under emulation.
 [ -d "$cache/pkg/lib" ] || ln -s usr/lib "$cache/pkg/lib"
 version=$(basename "$cache"/pkg/lib/modules/*)
 depmod -b "$cache/pkg" "$version"
@@ -84,4 +85,4 @@ chmod +x "$cache/initramfs/init"
 (cd "$cache/initramfs" && find . | cpio --quiet -o -H newc) >"$cache/initrd"
 cp "$cache"/pkg/boot/vmlinuz-* "$cache/vmlinuz"
 rm -rf "$cache/pkg" "$cache/initramfs" "$apt"
-touch "$cache/ready"
+echo "${boot[*]} ${later[*]}" >"$cache/ready"

@@ -9,6 +9,7 @@ mount -t devpts devpts /dev/pts
 for d in /dev/shm /run; do mount -t tmpfs tmpfs $d; done
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount -t bpf bpf /sys/fs/bpf
+mount -t tracefs tracefs /sys/kernel/tracing
 ln -sfn /proc/self/fd /dev/fd
 
 read -r line </proc/cmdline
