@@ -8,7 +8,7 @@ mod pair_of;
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{SocketAddrV4, TcpListener};
+use std::net::{SocketAddrV4, TcpListener, TcpStream};
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
@@ -187,21 +187,49 @@ fn a_parent_that_keeps_what_its_child_serves() {
     }
 }
 
+/// A program under libsmc.so that has no libsmc-rdma.so, its peer listed.
+fn without_rdma(words: &[&str]) -> End {
+    let folder = library().join("alone");
+    fs::create_dir_all(&folder).unwrap();
+    fs::copy(library().join("libsmc.so"), folder.join("libsmc.so")).unwrap();
+    let mut c = Command::new("env");
+    c.arg(format!("LD_PRELOAD={}", folder.join("libsmc.so").display())).arg(program());
+    c.envs([("SMC_PEERS", "10.77.0.0/24"), ("SMC_TEST_REMOTE", "1")]);
+    End::by(c, words, true, &[])
+}
+
+/// A plain client's first byte is that of a CLC message, and it waits for the answer: the server's program gets it, after
+/// the time that the rest of a message would have had.
+#[test]
+#[ignore = "needs SMC_TEST_RDMA"]
+fn a_byte_that_begins_like_a_message() {
+    let [_, b] = ends();
+    for alone in [false, true] {
+        let port = port();
+        let words = ["serve", &b, &port.to_string(), "1", "echo", "0"];
+        let mut server = if alone { without_rdma(&words) } else { End::start(&words, false, &[]) };
+        server.says("listening");
+        let mut s = TcpStream::connect(SocketAddrV4::new(b.parse().unwrap(), port)).unwrap();
+        s.set_nodelay(true).unwrap();
+        for bytes in [&[0xe2][..], &[0xd4, 0xc3, 0xd9, 1, 2, 3]] {
+            s.write_all(bytes).unwrap();
+            let mut back = vec![0; bytes.len()];
+            s.read_exact(&mut back).unwrap();
+            assert_eq!(back, bytes);
+        }
+        drop(s);
+        server.ends("served");
+    }
+}
+
 /// A server that its peer takes to speak SMC, and that has no libsmc-rdma.so: its program does not read the Proposal, nor
 /// the Decline of a client that has waited.
 #[test]
 #[ignore = "needs SMC_TEST_RDMA"]
 fn a_server_without_rdma_does_not_read_the_proposal() {
     let ([a, b], port) = (ends(), port().to_string());
-    let folder = library().join("alone");
-    fs::create_dir_all(&folder).unwrap();
-    fs::copy(library().join("libsmc.so"), folder.join("libsmc.so")).unwrap();
-    let shim = folder.join("libsmc.so").display().to_string();
     for what in ["up", "down", "both", "echo", "first", "late"] {
-        let mut c = Command::new("env");
-        c.arg(format!("LD_PRELOAD={shim}")).arg(program());
-        c.envs([("SMC_PEERS", "10.77.0.0/24"), ("SMC_TEST_REMOTE", "1")]);
-        let mut server = End::by(c, &["serve", &b, &port, "1", what, "6400"], true, &[]);
+        let mut server = without_rdma(&["serve", &b, &port, "1", what, "6400"]);
         server.says("listening");
         let client = End::start(&["connect", &a, &b, &port, "1", what, "6400"], false, &[]).ends("done");
         assert_eq!((client.rdma, client.tcp), (0, 1), "{what}: {client:?}");

@@ -31,14 +31,11 @@ use smc::wire::smcr::Diagnosis;
 
 use super::back;
 use super::flow::{Broken, Ends, Flow};
-use super::greeting::{Around, Greeting};
+use super::greeting::{Around, Greeting, START_WAIT};
 use super::links::{Event, Links};
 use super::nic::Place;
 use super::page::Page;
 use super::tcp;
-
-/// Bytes that begin like a CLC message and do not go on are the program's after so long.
-const START_WAIT: Ms = 2_000;
 
 /// What the service is to tell libsmc.so, once it holds no lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -247,12 +244,16 @@ impl Conn {
         let Phase::Greeting(g) = &mut self.phase else { return true };
         let (some, left) = sent.map_or((true, true), |r| (r.bytes > 0, r.left));
         g.waits = if some || left { g.waits.or(Some(now)) } else { None };
+        // All that makes a message was taken: what is left is a part of one, or of the program's.
+        let part = !g.met && g.clc.wants() > 0 && !tcp::peek(self.tcp, 1).is_empty();
+        g.begun = if part { g.begun.or(Some(now)) } else { None };
+        let stuck = g.begun.is_some_and(|at| now >= at + START_WAIT);
         // Who has closed with nothing on its way, or is about to end, waits for nobody.
         let ends = self.closed && (self.hurried || !some);
         let late = ends || !g.met && g.until().is_some_and(|at| now >= at);
         if late && !g.met && !g.is_client() {
             // A Decline would be garbage to who does not speak SMC, and who does sees that the program's bytes are none.
-            self.goes_by_tcp(Diagnosis::PEER_NO_SMC, true, at);
+            self.goes_by_tcp(Diagnosis::PEER_NO_SMC, !stuck, at);
             return true;
         }
         let gone = self.hung_up && tcp::peek(self.tcp, 1).is_empty();

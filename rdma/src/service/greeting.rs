@@ -34,6 +34,8 @@ const MAX_CONNS: u8 = 255;
 /// How long bytes wait for the peer's first message, as in the kernel. A client sends one with its program's first
 /// call, and may make none; a server answers when its program has accepted the connection.
 const PATIENCE: Ms = 6_000;
+/// Bytes that begin like a CLC message and do not go on are the program's after so long.
+pub const START_WAIT: Ms = 2_000;
 
 /// What all connections of the process have in common.
 #[derive(Debug)]
@@ -88,6 +90,8 @@ pub struct Greeting {
     pub met: bool,
     /// Since when the program's bytes wait.
     pub waits: Option<Ms>,
+    /// Since when there are bytes of the peer's that are not a message yet, and may be none.
+    pub begun: Option<Ms>,
     /// The connection on its link, once both ends are known.
     pub flow: Option<Flow>,
     /// What the peer has sent before that.
@@ -144,6 +148,7 @@ impl Greeting {
             clc,
             met: false,
             waits: None,
+            begun: None,
             flow: None,
             early: Vec::new(),
             local,
@@ -162,10 +167,12 @@ impl Greeting {
         self.client
     }
 
-    /// Until when bytes wait for the peer's first message, if any wait.
+    /// Until when bytes wait for the peer's first message, if any wait: the program's for it to come, or what may be its
+    /// beginning for the rest.
     #[must_use]
     pub fn until(&self) -> Option<Ms> {
-        self.waits.map(|at| at + PATIENCE)
+        let waits = self.waits.map(|at| at + PATIENCE);
+        waits.into_iter().chain(self.begun.map(|at| at + START_WAIT)).min()
     }
 
     /// What was made for this is given back.
