@@ -2,6 +2,7 @@
 //!
 //!     end serve ADDRESS PORT CONNECTIONS WHAT BYTES    prints "listening", and at the end "served"
 //!     end fork LATE ADDRESS PORT WHAT BYTES    one connection, by a child; its parent closes it LATE ms after the fork
+//!     end hand ADDRESS PORT    one connection: standard input and output of `cat`, which a child becomes
 //!     end connect FROM ADDRESS PORT CONNECTIONS WHAT BYTES    prints "done"
 //!
 //! WHAT: `up` the client sends and shuts down, the server answers with the count; `down` the server sends and closes;
@@ -14,7 +15,8 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
-use std::os::fd::FromRawFd;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::process::Command;
 use std::sync::{Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -248,6 +250,15 @@ fn main() {
             println!("listening");
             let s = l.accept().unwrap().0;
             served_by_child(s, late.parse().unwrap(), what, bytes.parse().unwrap());
+            println!("served");
+        }
+        ["hand", at, port] => {
+            let at = SocketAddrV4::new(at.parse().unwrap(), port.parse().unwrap());
+            let l = TcpListener::bind(at).unwrap();
+            println!("listening");
+            let s = OwnedFd::from(l.accept().unwrap().0);
+            let mut cat = Command::new("cat").stdin(s.try_clone().unwrap()).stdout(s).spawn().unwrap();
+            assert!(cat.wait().unwrap().success());
             println!("served");
         }
         ["connect", from, at, port, n, what, bytes] => {

@@ -187,6 +187,18 @@ fn a_parent_that_keeps_what_its_child_serves() {
     }
 }
 
+/// A server that hands its connections to another program, as inetd does: that one does not read the Proposal.
+#[test]
+#[ignore = "needs SMC_TEST_RDMA"]
+fn a_program_that_is_handed_the_connection_does_not_read_the_proposal() {
+    let ([a, b], port) = (ends(), port().to_string());
+    let mut server = End::start(&["hand", &b, &port], false, &[]);
+    server.says("listening");
+    let client = End::start(&["connect", &a, &b, &port, "1", "echo", "6400"], false, &[]).ends("done");
+    assert_eq!((client.rdma, client.tcp), (0, 1), "{client:?}");
+    server.ends("served");
+}
+
 /// A program under libsmc.so that has no libsmc-rdma.so, its peer listed.
 fn without_rdma(words: &[&str]) -> End {
     let folder = library().join("alone");

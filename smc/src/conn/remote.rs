@@ -173,10 +173,14 @@ impl Socket {
         }
     }
 
-    /// Before the program does what the ring can't carry: if the peer was promised SMC, it is told that there is none. An
-    /// exec leaves that to another process that holds the connection, if there is one.
+    /// Before the program does what the ring can't carry: if the peer was promised SMC, it is told that there is none; what
+    /// a listed one has sent is taken out of the stream. An exec leaves that to another process that holds the connection, if
+    /// there is one.
     pub fn keep_word(&self, fd: i32, why: Reason) {
-        let is_wanted = || self.wanted.load(Relaxed) == WANTED;
+        let is_wanted = || match self.wanted.load(Relaxed) {
+            SIFTED => is_out_of_sight(why),
+            wanted => wanted == WANTED,
+        };
         let Some(s) = self.slot().filter(|_| is_wanted()) else { return };
         let _h = lock::lock(&self.handshake_lock);
         let others = why == Reason::Exec && s.holders.load(Acquire) != 1 && !self.bury_dead(s);
@@ -190,8 +194,30 @@ impl Socket {
     fn decline(&self, fd: i32, s: &Slot, why: Reason) {
         self.wanted.store(0, Relaxed);
         if option::is_in_use() && option::take(fd) {
-            self.refuse(fd, s, why);
+            return self.refuse(fd, s, why);
         }
+        let peer = || sys::sockaddr(fd, true).map(|(family, peer, _)| super::wide(family, peer));
+        if config().peers.is_empty()
+            || s.role.load(Relaxed) == 0
+            || !peer().is_some_and(|p| is_listed(fd, p))
+            || !self.untouched(fd, s)
+        {
+            return;
+        }
+        self.unasked(s);
+        if is_out_of_sight(why) {
+            // Of a peer that says nothing in that time it is not known whether it will, and who reads then has its message.
+            let _ = turn_down(fd, true, why);
+        } else {
+            s.reason.store(why.code(), Relaxed);
+            self.wanted.store(SIFTED, Relaxed);
+        }
+    }
+
+    /// What is taken out of the start of the stream from now on is in the kernel's counts and not in ours.
+    fn unasked(&self, s: &Slot) {
+        s.barred.fetch_or(1, Relaxed);
+        self.phase.store(phase::OFF, Relaxed);
     }
 
     /// Under the handshake's lock.
@@ -204,8 +230,7 @@ impl Socket {
         let ends = [(super::wide(family, local), lport), (super::wide(family, peer), pport)];
         // Also of a peer on this host: who was promised SMC may be the kernel's.
         let promised = option::is_in_use() && option::ask(fd);
-        let listed = config().is_peer(ends[1].0) && (config().test_remote || local::is_elsewhere(fd));
-        if !promised && !listed {
+        if !promised && !is_listed(fd, ends[1].0) {
             return Err(No::Concern);
         }
         let mut entered = self.enter(fd, s, &ends, promised);
@@ -220,9 +245,7 @@ impl Socket {
             // Not asked for, or not yet.
             Err(why @ (Reason::Excluded | Reason::TooShort)) => Err(No::Because(why)),
             Err(why) if s.role.load(Relaxed) != 0 && self.untouched(fd, s) => {
-                // What is taken out of the stream is in the kernel's counts and not in ours.
-                s.barred.fetch_or(1, Relaxed);
-                self.phase.store(phase::OFF, Relaxed);
+                self.unasked(s);
                 Err(No::Unasked(why))
             }
             entered => Ok(entered?),
@@ -553,6 +576,17 @@ impl Socket {
         }
         -(libc::EPIPE as isize)
     }
+}
+
+/// Whether the peer is listed, and another host's.
+fn is_listed(fd: i32, peer: u128) -> bool {
+    config().is_peer(peer) && (config().test_remote || local::is_elsewhere(fd))
+}
+
+/// Whether reads follow that we do not see.
+fn is_out_of_sight(why: Reason) -> bool {
+    use Reason::{AsyncIo, Exec, FdPassed, LowFd, Sandbox, Splice, Stdio};
+    matches!(why, AsyncIo | Exec | FdPassed | LowFd | Sandbox | Splice | Stdio)
 }
 
 /// A connection that nobody keeps an eye on: if its peer was promised SMC, it is told that there is none.
