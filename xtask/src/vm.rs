@@ -91,7 +91,9 @@ pub fn run(line: &str, limit: Duration) -> io::Result<Ran> {
     );
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.args("-nodefaults -no-user-config -display none -no-reboot -M q35,i8042=off".split(' '))
-        .args("-accel tcg,thread=multi,tb-size=512 -cpu max,la57=off -smp 2 -m 2048".split(' '))
+        // Without CMPXCHG16B: after one of the guest kernel's in its allocator the emulator's EFLAGS were the low bits of
+        // RAX, and the kernel died of the branch behind it.
+        .args("-accel tcg,thread=multi,tb-size=512 -cpu max,la57=off,cx16=off -smp 2 -m 2048".split(' '))
         .arg("-kernel")
         .arg(cache.join("vmlinuz"))
         .arg("-initrd")
