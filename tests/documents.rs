@@ -352,7 +352,9 @@ fn main() -> ExitCode {
                     let needed =
                         pairs.iter().filter(|(k, _)| k == "needs").flat_map(|(_, v)| v.split_whitespace());
                     let missing: Vec<_> = needed.filter(|p| which(p).is_none()).collect();
-                    let foreign = pairs.iter().any(|(k, _)| k == "in") && !cfg!(target_arch = "x86_64");
+                    let foreign = pairs.iter().any(|(k, _)| k == "in")
+                        && (!cfg!(target_arch = "x86_64")
+                            || ["qemu-system-x86_64", "apt-get"].iter().all(|p| which(p).is_none()));
                     let why = match is_root {
                         false => "root".into(),
                         true if foreign => "a virtual machine".into(),

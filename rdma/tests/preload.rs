@@ -158,33 +158,30 @@ fn a_plain_client_that_waits_for_the_server() {
     assert_eq!(server.ends("served"), Moved { rdma: 0, tcp: 1, rdma_tx: 0, rdma_rx: 0, back: 0 });
 }
 
-/// A child serves the connection and reads before its parent, which has it too, has closed it: what comes first is the
-/// Proposal.
+/// A child serves the connection, which its parent has as well for so many ms; the client is by RDMA, or by TCP.
+fn by_a_child(late: &str, whats: &[&str], rdma: u64) {
+    let ([a, b], port) = (ends(), port().to_string());
+    for what in whats {
+        let mut server = End::start(&["fork", late, &b, &port, what, "6400"], false, &[]);
+        server.says("listening");
+        let client = End::start(&["connect", &a, &b, &port, "1", what, "6400"], false, &[]).ends("done");
+        assert_eq!((client.rdma, client.tcp), (rdma, 1 - rdma), "{what}: {client:?}");
+        server.ends("served");
+    }
+}
+
+/// The child reads before its parent has closed the connection: what comes first is the Proposal.
 #[test]
 #[ignore = "needs SMC_TEST_RDMA"]
 fn a_parent_that_lets_go_after_its_child_reads() {
-    let ([a, b], port) = (ends(), port().to_string());
-    for what in ["up", "first"] {
-        let mut server = End::start(&["fork", "300", &b, &port, what, "6400"], false, &[]);
-        server.says("listening");
-        let client = End::start(&["connect", &a, &b, &port, "1", what, "6400"], false, &[]).ends("done");
-        assert_eq!((client.rdma, client.tcp), (1, 0), "{what}: {client:?}");
-        server.ends("served");
-    }
+    by_a_child("300", &["up", "first"], 1);
 }
 
 /// The same where the parent keeps the connection for longer than anybody waits: the Proposal is declined.
 #[test]
 #[ignore = "needs SMC_TEST_RDMA"]
 fn a_parent_that_keeps_what_its_child_serves() {
-    let ([a, b], port) = (ends(), port().to_string());
-    for what in ["up", "first", "both"] {
-        let mut server = End::start(&["fork", "2500", &b, &port, what, "6400"], false, &[]);
-        server.says("listening");
-        let client = End::start(&["connect", &a, &b, &port, "1", what, "6400"], false, &[]).ends("done");
-        assert_eq!((client.rdma, client.tcp), (0, 1), "{what}: {client:?}");
-        server.ends("served");
-    }
+    by_a_child("2500", &["up", "first", "both"], 0);
 }
 
 /// A server that hands its connections to another program, as inetd does: that one does not read the Proposal.

@@ -54,6 +54,13 @@ fn reset_at_close(fd: i32) {
     let _ = sys::setsockopt(fd, libc::SOL_SOCKET, libc::SO_LINGER, &l);
 }
 
+/// The last holder of a candidate goes: it has stayed on TCP.
+fn tell_candidate(s: &Slot) {
+    if let Ok(why) = Reason::try_from(s.reason.load(Relaxed)) {
+        crate::report::log_fallback(s, why);
+    }
+}
+
 impl Socket {
     /// Before the kernel's shutdown(2).
     pub fn before_shutdown(&self, fd: i32, how: i32) {
@@ -146,7 +153,7 @@ impl Socket {
     /// this process is the last holder.
     pub fn before_close(&self, fd: i32) -> bool {
         let Some(s) = self.slot() else { return true };
-        self.tell_candidate(s);
+        let candidate = self.is_candidate();
         self.bar_handshake();
         self.closed.store(1, Release);
         if s.holders.load(Acquire) > 1 && !self.is_plain() {
@@ -155,6 +162,9 @@ impl Socket {
         }
         if self.let_go(s) > 1 {
             return false;
+        }
+        if candidate {
+            tell_candidate(s);
         }
         self.last_leaves(fd);
         true
@@ -340,12 +350,14 @@ impl Socket {
     /// none it is as if it were closed.
     pub fn exiting(&self, fd: i32) {
         let fd = self.fd_now(fd);
-        self.slot().into_iter().for_each(|s| self.tell_candidate(s));
-        if let Some(s) = self.slot()
-            && self.let_go(s) == 1
-            && !lock::held_by_me(&s.tx.lock)
-            && !lock::held_by_me(&s.rx.lock)
-        {
+        let Some(s) = self.slot() else { return };
+        if self.let_go(s) != 1 {
+            return;
+        }
+        if self.is_candidate() {
+            tell_candidate(s);
+        }
+        if !lock::held_by_me(&s.tx.lock) && !lock::held_by_me(&s.rx.lock) {
             self.last_leaves(fd);
         }
     }
@@ -360,15 +372,9 @@ impl Socket {
         }
     }
 
-    /// At the end: a connection that would have been upgraded, and for which nobody was found until now, has stayed on TCP.
-    fn tell_candidate(&self, s: &Slot) {
-        let waits = matches!(self.phase.load(Relaxed), phase::COUNTING | phase::HANDSHAKE);
-        if waits
-            && self.tries.load(Relaxed) > 0
-            && let Ok(why) = Reason::try_from(s.reason.load(Relaxed))
-        {
-            crate::report::log_fallback(s, why);
-        }
+    /// Whether it would be upgraded, and nobody was found for it until now.
+    fn is_candidate(&self) -> bool {
+        matches!(self.phase.load(Relaxed), phase::COUNTING | phase::HANDSHAKE) && self.tries.load(Relaxed) > 0
     }
 
     fn bar_handshake(&self) {

@@ -196,10 +196,12 @@ impl Socket {
         if option::is_in_use() && option::take(fd) {
             return self.refuse(fd, s, why);
         }
-        let peer = || sys::sockaddr(fd, true).map(|(family, peer, _)| super::wide(family, peer));
+        let may_ask = |ends: [(u128, u16); 2]| {
+            is_listed(fd, ends[1].0) && config().allows(crate::report::program(), &ends)
+        };
         if config().peers.is_empty()
             || s.role.load(Relaxed) == 0
-            || !peer().is_some_and(|p| is_listed(fd, p))
+            || !ends(fd).is_some_and(may_ask)
             || !self.untouched(fd, s)
         {
             return;
@@ -222,12 +224,7 @@ impl Socket {
 
     /// Under the handshake's lock.
     fn begin(&self, fd: i32, s: &Slot) -> Result<(), No> {
-        let (Some((family, local, lport)), Some((_, peer, pport))) =
-            (sys::sockaddr(fd, false), sys::sockaddr(fd, true))
-        else {
-            return Err(No::Because(Reason::TooShort));
-        };
-        let ends = [(super::wide(family, local), lport), (super::wide(family, peer), pport)];
+        let ends = ends(fd).ok_or(No::Because(Reason::TooShort))?;
         // Also of a peer on this host: who was promised SMC may be the kernel's.
         let promised = option::is_in_use() && option::ask(fd);
         if !promised && !is_listed(fd, ends[1].0) {
@@ -576,6 +573,12 @@ impl Socket {
         }
         -(libc::EPIPE as isize)
     }
+}
+
+/// Address and port of this end and of the peer's, if there is one.
+fn ends(fd: i32) -> Option<[(u128, u16); 2]> {
+    let ((family, local, lport), (_, peer, pport)) = (sys::sockaddr(fd, false)?, sys::sockaddr(fd, true)?);
+    Some([(super::wide(family, local), lport), (super::wide(family, peer), pport)])
 }
 
 /// Whether the peer is listed, and another host's.
