@@ -644,8 +644,13 @@ fn ask_accessible(at: usize, len: usize, write: bool) -> bool {
     }
     let populate = |page: usize| {
         let advice = if write { MADV_POPULATE_WRITE } else { MADV_POPULATE_READ };
-        // SAFETY: populating pages changes no byte of them, and fails where there are none.
-        unsafe { syscall6(libc::SYS_madvise, page * PAGE, PAGE, advice, 0, 0, 0) == 0 }
+        loop {
+            // SAFETY: populating pages changes no byte of them, and fails where there are none.
+            let r = unsafe { syscall6(libc::SYS_madvise, page * PAGE, PAGE, advice, 0, 0, 0) };
+            if let Some(good) = populated(r) {
+                return good;
+            }
+        }
     };
     (at / PAGE..=(at + len.max(1) - 1) / PAGE).all(|page| {
         let (found, this) = (found(page), known(page, write));
@@ -660,6 +665,17 @@ fn ask_accessible(at: usize, len: usize, write: bool) -> bool {
         }
         good
     })
+}
+
+/// What madvise(2) says of a page by its result; `None`: ask again. ENOMEM and EFAULT say that there is none, EINVAL that
+/// it has other permissions (or, before 5.14, nothing). Others say nothing of the page. EINTR comes where somebody
+/// else is asked first whether the call may be made (seccomp_unotify(2)), and a signal comes meanwhile.
+fn populated(r: isize) -> Option<bool> {
+    match i32::try_from(-r) {
+        Ok(libc::EINTR) => None,
+        Ok(libc::ENOMEM | libc::EFAULT | libc::EINVAL) => Some(false),
+        _ => Some(true),
+    }
 }
 
 const MADV_POPULATE_READ: usize = 22;
@@ -764,5 +780,28 @@ pub fn cookie(fd: i32) -> u64 {
     match getsockopt(fd, libc::SOL_SOCKET, SO_COOKIE, &mut b) {
         Ok(8) => u64::from_ne_bytes(b),
         _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_the_kernel_says_of_a_page_counts() {
+        let said = |e: i32| populated(-(e as isize));
+        assert_eq!(said(0), Some(true));
+        assert_eq!([libc::ENOMEM, libc::EFAULT, libc::EINVAL].map(said), [Some(false); 3]);
+        assert_eq!([libc::EPERM, libc::ENOSYS].map(said), [Some(true); 2]);
+        assert_eq!(said(libc::EINTR), None, "asked again");
+    }
+
+    #[test]
+    fn pages_are_found_and_missed() {
+        let (there, page) = (0u64, PAGE);
+        assert!(is_accessible((&raw const there).addr(), 8, true));
+        assert!(!is_accessible(page * 3, 8, false), "below what a process may map");
+        let text = (populated as *const ()).addr();
+        assert!(is_accessible(text, 8, false) && !is_accessible(text, 8, true), "code is not written to");
     }
 }
