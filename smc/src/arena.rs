@@ -48,6 +48,16 @@ pub mod tx_mode {
     pub const DONE: u32 = 5;
 }
 
+/// Values of `wait.peer_gone`.
+pub mod gone {
+    /// All that follows from it is done.
+    pub const KNOWN: u32 = 1;
+    /// The peer has published something impossible.
+    pub const MISBEHAVED: u32 = 2;
+    /// What follows is being done, or its holder was killed.
+    pub const BEGUN: u32 = 3;
+}
+
 /// Values of the field `reset` of [`Slot`]: how the connection's end is told, see `conn/fate.rs`. All others are an errno that is
 /// to be told.
 pub mod reset {
@@ -175,7 +185,7 @@ pub struct RxState {
 pub struct WaitState {
     /// Robust lock word.
     pub lock: AtomicU32,
-    /// 1: the doorbell showed end of file: the peer is gone or has let go.
+    /// Whether the doorbell showed end of file: the peer is gone or has let go. Of [`gone`]; 0: it has not.
     pub peer_gone: AtomicU32,
     /// Threads that sleep on the doorbell in a blocking send.
     pub writers: AtomicU32,

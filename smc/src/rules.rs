@@ -37,12 +37,26 @@ pub enum Rule {
     /// A ring that is owed is noted before the armed bit is taken, for who shares the end with a holder that
     /// is killed between the two.
     NoteRing,
+    /// A note is paid only by a ring that comes after the armed bit was taken, likewise.
+    TakenFirst,
     /// A stop is noted before it is told, likewise.
     NoteStop,
     /// The ring of a peer that was killed while it left ends where its cursor is.
     EndOfTheDead,
     /// Bytes that are in TCP are read before the reset that a killed peer owes is told.
     BytesBeforeReset,
+    /// A stream that a killed holder had said to leave the ring leaves it before anything else is sent.
+    FinishLeave,
+    /// Who leaves notes the ring that is owed before the mode says that all is done.
+    NoteLeave,
+    /// Who finds the stream out of the ring pays the ring that a killed holder owes before it goes on by TCP.
+    PayRings,
+    /// What follows from the peer's end is done again if it was begun by a holder that may have been killed in it.
+    FinishGone,
+    /// Who shuts the sending direction wakes those who sleep for room in it.
+    ShutWakes,
+    /// A holder that closes and is not the last says nothing to the peer.
+    LastLeaves,
     /// A cursor that a killed holder noted, and did not publish, is published by who shares the end.
     Republish,
 }

@@ -20,7 +20,7 @@ use crate::lock;
 use crate::mem::layout::ctl;
 use crate::reason::Reason;
 use crate::ring;
-use crate::sync::Ordering::*;
+use crate::sync::{Ordering::*, fence};
 use crate::sys;
 use crate::wait::doorbell;
 
@@ -88,6 +88,9 @@ impl Socket {
         if self.phase.load(Relaxed) != phase::MAPPED {
             return;
         }
+        // ORDERING [bell.recheck] fence; pairs with the fence in `arm`. Here: store the mode, load writers. There: store
+        // writers, load the mode. One of the two sees the other's store.
+        fence(SeqCst);
         let reads = matches!(how, libc::SHUT_RD | libc::SHUT_RDWR) && s.is_slept_on();
         let writes = how == libc::SHUT_WR && s.wait.writers.load(Relaxed) != 0;
         if writes {
@@ -126,6 +129,7 @@ impl Socket {
         if ring_it {
             self.ring_peer(s, &m);
         }
+        self.pay_rings(s);
         self.finish_flush(fd);
     }
 
@@ -185,7 +189,7 @@ impl Socket {
             {
                 let _g = lock::lock(&s.rx.lock);
                 if matches!(s.rx.mode.load(Relaxed), rx_mode::RING | rx_mode::READY)
-                    && s.wait.peer_gone.load(Relaxed) != 2
+                    && s.wait.peer_gone.load(Relaxed) != arena::gone::MISBEHAVED
                 {
                     if s.rx.stopped.load(Relaxed) == super::rx::STOPPING {
                         let _ = self.settle_stop(s, &m);

@@ -267,7 +267,7 @@ impl Socket {
             if s.tx.mode.load(Relaxed) != tx_mode::RING {
                 continue;
             }
-            if doorbell::asked(m.peer) {
+            if doorbell::is_to_leave(m.peer) {
                 drop(guard);
                 // Leaves the ring.
                 self.progress(fd);

@@ -163,6 +163,7 @@ impl Socket {
         let Some(s) = self.slot() else { return self.in_kernel(kernel) };
         let mode = s.tx.mode.load(Acquire);
         if mode == tx_mode::DONE && s.reset.load(Relaxed) == 0 {
+            self.pay_rings(s);
             return self.window_outward(&mut || (), &mut |_| kernel());
         }
         if matches!(mode, tx_mode::FLUSH | tx_mode::DONE) && self.is_shut(s) {
@@ -256,6 +257,7 @@ impl Socket {
                     None => continue,
                 },
                 tx_mode::DONE if done == 0 && fd == asked => {
+                    self.pay_rings(s);
                     return self.window_outward(&mut || (), &mut |_| kernel());
                 }
                 // An error is for the next call to report: what has gone is this one's result.
@@ -503,7 +505,7 @@ impl Socket {
         if s.tx.mode.load(Relaxed) != tx_mode::RING {
             return Put::NotRing;
         }
-        if doorbell::asked(m.peer) {
+        if doorbell::is_to_leave(m.peer) {
             // Nothing more into the ring: what the kernel says of these bytes is the answer.
             let ring = self.leave_ring(fd, s, m);
             self.count_downgrade(s);
@@ -600,7 +602,10 @@ impl Socket {
         // EAGAIN: unread rings are there already. EPIPE: the peer let go; its end of file tells us. A ring that the kernel
         // has no memory for would be a wake-up that is lost: nobody else knows that it is due.
         let refused = |r: isize| matches!(i32::try_from(-r), Ok(libc::ENOBUFS | libc::ENOMEM | libc::EINTR));
-        let r = s.wait.rings.pay(|| {
+        // Without another holder nobody goes on after a death.
+        let is_free = |word| lock::try_lock(word).is_some();
+        let taken = || s.holders.load(Relaxed) == 1 || is_free(&s.tx.lock) && is_free(&s.rx.lock);
+        let r = s.wait.rings.pay(taken, || {
             loop {
                 match sys::ring(m.bell) {
                     r if refused(r) => sys::yield_cpu(),
@@ -637,17 +642,32 @@ impl Socket {
     pub(super) fn leave_ring(&self, fd: i32, s: &Slot, m: &Mapped<'_>) -> bool {
         let prod = s.tx.prod.load(Relaxed);
         self.set_changed();
-        if switch::leave(m.me, m.peer, prod) {
+        let left = switch::leave(m.me, m.peer, prod);
+        // Threads of the peer that sleep until the ring has bytes go to TCP now. The ring is noted before the mode says that
+        // all is done: a holder that is killed up to there has left the mark, with which the next call of another does
+        // this again (`doorbell::is_to_leave`), and one that is killed after that owes the ring (`pay_rings`).
+        let ring = self.produced(s, m).ring;
+        if left {
             self.leaves_tail(s, m);
             s.tx.mode.store(tx_mode::DONE, Release);
-            return self.produced(s, m).ring;
+            return ring;
         }
         // Not left, so stopped: of the two one is set.
         s.tx.flush.store(switch::stop_at(m.peer, prod, m.txbuf.size()).unwrap_or(prod), Relaxed);
         s.tx.mode.store(tx_mode::FLUSH, Release);
         let _ = self.flush(fd, s, m);
-        // Threads of the peer that sleep until the ring has bytes go to TCP now.
-        self.produced(s, m).ring
+        ring
+    }
+
+    /// The stream has left the ring: rings the peer if a holder that was killed had yet to, before anything goes by TCP,
+    /// where a peer that sleeps for the ring would not see it.
+    #[inline]
+    pub(super) fn pay_rings(&self, s: &Slot) {
+        if s.wait.rings.is_owed()
+            && let Some(m) = self.mapped()
+        {
+            self.ring_peer(s, &m);
+        }
     }
 
     /// Under the tx lock, after a publication: what is owed, also by a holder that was killed before it rang.
@@ -746,7 +766,7 @@ impl Socket {
     pub(super) fn misbehaved(&self, fd: i32, s: &Slot) {
         s.reason.store(Reason::PeerMisbehaved.code(), Relaxed);
         s.barred.fetch_or(1, Relaxed);
-        s.wait.peer_gone.store(2, Release);
+        s.wait.peer_gone.store(crate::arena::gone::MISBEHAVED, Release);
         s.tx.mode.store(tx_mode::DONE, Release);
         s.rx.mode.store(crate::arena::rx_mode::DONE, Release);
         s.reset.store(crate::arena::reset::TOLD, Relaxed);

@@ -7,7 +7,7 @@
 #![allow(unsafe_code)]
 
 use super::{Look, Mapped, Socket, bounds, fate};
-use crate::arena::{Slot, reset, rx_mode, tx_mode};
+use crate::arena::{Slot, gone, reset, rx_mode, tx_mode};
 use crate::lock;
 use crate::mem::layout::ctl;
 use crate::once::Once;
@@ -154,7 +154,7 @@ impl Socket {
     }
 
     fn tx_ready(&self, s: &Slot, m: &Mapped<'_>) -> bool {
-        if s.tx.mode.load(Acquire) != tx_mode::RING || doorbell::asked(m.peer) {
+        if s.tx.mode.load(Acquire) != tx_mode::RING || doorbell::is_to_leave(m.peer) {
             return true;
         }
         let size = m.txbuf.size();
@@ -171,9 +171,9 @@ impl Socket {
         }
     }
 
-    /// The peer has asked to go back to TCP, and this side has not begun to.
+    /// The peer has asked to go back to TCP, and this side has not done so; or it has begun to and was killed.
     fn must_obey(&self, s: &Slot, m: &Mapped<'_>) -> bool {
-        s.tx.mode.load(Relaxed) == tx_mode::RING && doorbell::asked(m.peer)
+        s.tx.mode.load(Relaxed) == tx_mode::RING && doorbell::is_to_leave(m.peer)
     }
 
     /// Whether there are bytes in the ring that the peer has not taken: it may still ask for them by TCP, as it
@@ -513,8 +513,10 @@ impl Socket {
     /// read; everything after is the kernel's word on the TCP connection.
     #[cold]
     pub(super) fn peer_gone(&self, fd: i32, s: &Slot, m: &Mapped<'_>) {
-        if s.wait.peer_gone.swap(1, AcqRel) != 0 {
-            return;
+        // All of it can be done again, and is: a holder that is killed in here leaves it begun.
+        match s.wait.peer_gone.compare_exchange(0, gone::BEGUN, AcqRel, Acquire) {
+            Ok(_) | Err(gone::BEGUN) => {}
+            _ => return,
         }
         self.stop_rx(Reason::PeerGone, true);
         let unread;
@@ -533,6 +535,7 @@ impl Socket {
         if unread {
             self.doom(fd, s);
         }
+        let _ = s.wait.peer_gone.compare_exchange(gone::BEGUN, gone::KNOWN, AcqRel, Relaxed);
         self.set_changed();
     }
 
@@ -567,7 +570,7 @@ impl Socket {
         let g = lock::lock(&s.tx.lock);
         let mut ring = false;
         match s.tx.mode.load(Relaxed) {
-            tx_mode::RING if doorbell::asked(m.peer) => {
+            tx_mode::RING if doorbell::is_to_leave(m.peer) => {
                 ring = self.leave_ring(fd, s, &m);
                 self.count_downgrade(s);
             }
@@ -577,7 +580,7 @@ impl Socket {
             _ => {}
         }
         drop(g);
-        if ring {
+        if ring || s.wait.rings.is_owed() {
             self.ring_peer(s, &m);
         }
     }

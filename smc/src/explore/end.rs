@@ -5,7 +5,9 @@
 
 use super::holds;
 use super::traced::broke;
-use super::world::{Op, READER, RX, SIZE, TX, WAIT, World, also, await_step, mode, page, shared, step, why};
+use super::world::{
+    Op, READER, RX, SIZE, TX, WAIT, What, World, also, await_step, has, mode, page, shared, step, why,
+};
 use crate::handshake::switch::{self, TcpTake};
 use crate::mem::layout::{LEFT, SidePage, ctl};
 use crate::ring::{self, Readable};
@@ -17,12 +19,9 @@ use crate::wait::doorbell::{self, Owed};
 const TAKEN: u8 = 0;
 const NO_ROOM: u8 = 1;
 
-#[derive(Clone, Copy, PartialEq)]
-enum What {
-    Rx,
-    Tx,
-    Tcp,
-}
+/// In `slot.gone`.
+const KNOWN: u8 = 1;
+const BEGUN: u8 = 2;
 
 #[derive(Clone, Copy)]
 pub struct Call {
@@ -36,7 +35,8 @@ fn never<E>(_: E) -> Readable {
 }
 
 impl Call {
-    pub fn run(e: usize, thread: u8, op: Op) {
+    /// The part that comes next, if the call is not over.
+    pub fn run(e: usize, thread: u8, op: Op) -> Option<Op> {
         let c = Call { e, thread };
         match op {
             Op::Send => c.send(),
@@ -44,8 +44,29 @@ impl Call {
             Op::Leave => c.leave_tx(),
             Op::Stop => c.stop_rx(false),
             Op::Keep => c.stop_rx(true),
-            Op::Shut => c.shut(),
+            Op::Shut => c.end_tx(false),
             Op::Close => c.close(),
+            Op::Take => c.take(),
+            Op::Ready => c.recv_ready(),
+            Op::Kernel => c.recv_kernel(),
+            Op::Owe { obey } => c.owe(obey),
+            Op::Obey => c.obey(),
+            Op::Progress => c.progress(),
+            Op::WaitWritable => c.wait_writable(),
+            Op::Wait(what) => c.wait(what),
+            Op::Nap(what) => c.nap(what),
+            Op::Asleep { what, flush } => c.asleep(what, flush),
+            Op::Woken { what, flush, ended } => c.woken(what, flush, ended),
+            Op::Flushed { ended } => c.flushed(ended),
+            Op::Gone => c.peer_gone(),
+            Op::GoneTx => c.gone_tx(),
+            Op::Finish { close } => c.finish_flush(close),
+            Op::ShutFd => c.shut_fd(),
+            Op::ShutBell => c.shut_bell(),
+            Op::Deafen => c.deafen(),
+            Op::LastLook => c.last_look(),
+            Op::CloseFd { last } => c.close_fd(last),
+            Op::CloseBell => c.close_bell(),
         }
     }
 
@@ -62,12 +83,12 @@ impl Call {
         if super::world::with(|w| w.end[self.e].slot.lock[..READER].contains(&(self.thread + 1))) {
             super::traced::joined(|| super::world::with(|w| f(w, self.e)))
         } else {
-            shared(|w| f(w, self.e))
+            shared(self.e, |w| f(w, self.e))
         }
     }
 
     fn set(&self, f: impl Fn(&mut World, usize)) {
-        shared(|w| {
+        shared(self.e, |w| {
             f(w, self.e);
             0
         });
@@ -80,15 +101,18 @@ impl Call {
                 0
             })
         };
-        if super::world::with(|w| w.shared) {
+        if super::world::with(|w| w.crowded(self.e)) {
             await_step(why::LOCK, take);
+            super::traced::join_next();
         } else {
             also(|w| _ = take(w));
         }
     }
 
     fn unlock(&self, which: usize) {
-        self.set(|w, e| w.end[e].slot.lock[which] = 0);
+        // In one with what was done last under the lock: who does not take it can't tell the two apart.
+        also(|w| w.end[self.e].slot.lock[which] = 0);
+        super::traced::join_no_more();
     }
 
     fn tx_mode(&self) -> u8 {
@@ -115,12 +139,15 @@ impl Call {
         self.get(|w, e| w.end[e].slot.cons).into()
     }
 
-    fn ring_peer(&self) {
+    /// True: nobody is there to hear it.
+    fn ring_peer(&self) -> bool {
         step(|w| {
-            let b = &mut w.end[1 - self.e].bell;
-            *b = (*b + 1).min(2);
-            0
-        });
+            let peer = &mut w.end[1 - self.e];
+            if !peer.deaf {
+                peer.bell = (peer.bell + 1).min(2);
+            }
+            (!w.has_bell(1 - self.e) && !w.end[self.e].deaf).into()
+        }) != 0
     }
 
     /// After a cursor of this end was published: `TX` as producer, `RX` as consumer.
@@ -143,12 +170,26 @@ impl Call {
         self.get(|w, e| w.end[e].slot.owed.into()) != 0
     }
 
-    fn pay(&self, owed: bool) {
-        if owed {
-            let n = self.get(|w, e| w.end[e].slot.noted);
-            self.ring_peer();
+    /// Of a stream that is out of the ring.
+    fn owes_ring(&self) -> bool {
+        holds(Rule::PayRings) && self.owed()
+    }
+
+    /// Rings. True: nobody is there to hear it.
+    fn pay(&self) -> bool {
+        let n = self.get(|w, e| w.end[e].slot.noted);
+        let free = |which| self.get(|w, e| w.is_free(e, which).into()) != 0;
+        let paid = !holds(Rule::TakenFirst) || free(TX) && free(RX);
+        let nobody = self.ring_peer();
+        if paid {
             self.set(|w, e| w.end[e].slot.owed &= w.end[e].slot.noted != n);
         }
+        nobody
+    }
+
+    fn owe(&self, obey: bool) -> Option<Op> {
+        _ = self.pay();
+        obey.then_some(Op::Obey)
     }
 
     /// Before a sleep: what a killed holder has left half done.
@@ -173,8 +214,9 @@ impl Call {
             ring |= self.published(TX).ring;
         }
         self.unlock(TX);
-        let ring = ring || self.owed();
-        self.pay(ring);
+        if ring || self.owed() {
+            _ = self.pay();
+        }
     }
 
     /// Under the rx lock: a stop that a killed holder noted and may not have told. True: ring the peer.
@@ -190,17 +232,17 @@ impl Call {
 
     // conn/tx.rs
 
-    fn send(&self) {
+    fn send(&self) -> Option<Op> {
         match self.tx_mode() {
-            mode::TCP => self.send_tcp(),
-            mode::RING => self.put(),
+            mode::TCP => return self.send_tcp(),
+            mode::RING => return self.put(),
             mode::ANNOUNCED => {
                 self.lock(TX);
                 if self.tx_mode() == mode::ANNOUNCED {
                     self.push_last();
                 }
                 self.unlock(TX);
-                self.wait_writable();
+                return Some(Op::WaitWritable);
             }
             mode::FLUSH => {
                 self.lock(TX);
@@ -208,22 +250,25 @@ impl Call {
                     self.flush();
                 }
                 self.unlock(TX);
-                self.wait_writable();
+                return Some(Op::WaitWritable);
             }
-            _ => {
-                let r = await_step(why::TCP_TX, |w| {
-                    let v = w.end[self.e].made;
-                    match w.push(self.e, v) {
-                        NO_ROOM => None,
-                        r => {
-                            w.end[self.e].made += u8::from(r == TAKEN);
-                            Some(r)
-                        }
-                    }
-                });
-                self.sent(r);
-            }
+            _ => {}
         }
+        if self.owes_ring() {
+            _ = self.pay();
+        }
+        let r = await_step(why::TCP_TX, |w| {
+            let v = w.end[self.e].made;
+            match w.push(self.e, v) {
+                NO_ROOM => None,
+                r => {
+                    w.end[self.e].made += u8::from(r == TAKEN);
+                    Some(r)
+                }
+            }
+        });
+        self.sent(r);
+        None
     }
 
     /// The call has returned: its byte is taken, or the connection is gone.
@@ -242,14 +287,15 @@ impl Call {
         });
     }
 
-    fn wait_writable(&self) {
+    fn wait_writable(&self) -> Option<Op> {
         await_step(why::TCP_TX, |w| w.tcp_writable(self.e).then_some(0));
+        None
     }
 
     /// TCP, and the announcement if the peer is ready.
-    fn send_tcp(&self) {
-        let alone = self.get(|w, e| u8::from(w.end[e].holders == 1)) != 0;
-        if !alone || !switch::is_ready(self.peer()) || self.get(|w, e| w.end[e].slot.gone.into()) != 0 {
+    fn send_tcp(&self) -> Option<Op> {
+        let alone = self.get(|w, e| u8::from(w.holders(e) == 1)) != 0;
+        if !alone || !switch::is_ready(self.peer()) || self.get(|w, e| w.end[e].slot.gone) != 0 {
             let r = step(|w| {
                 let v = w.end[self.e].made;
                 let r = w.push(self.e, v);
@@ -258,10 +304,7 @@ impl Call {
                 r
             });
             self.sent(r);
-            if r == NO_ROOM {
-                self.wait_writable();
-            }
-            return;
+            return (r == NO_ROOM).then_some(Op::WaitWritable);
         }
         self.lock(TX);
         if self.tx_mode() == mode::TCP {
@@ -276,6 +319,7 @@ impl Call {
             }
         }
         self.unlock(TX);
+        None
     }
 
     /// Under the lock: the last byte by TCP.
@@ -291,30 +335,29 @@ impl Call {
         self.set_tx(if r == TAKEN { mode::RING } else { mode::ANNOUNCED });
     }
 
-    fn put(&self) {
+    fn put(&self) -> Option<Op> {
         self.lock(TX);
         if self.tx_mode() != mode::RING {
-            return self.unlock(TX);
+            self.unlock(TX);
+            return None;
         }
-        if doorbell::asked(self.peer()) {
+        if doorbell::is_to_leave(self.peer()) {
             let ring = self.leave_ring();
             self.unlock(TX);
-            return self.pay(ring);
+            return ring.then_some(Op::Owe { obey: false });
         }
         let prod = self.prod();
         let Ok((free, _)) = ring::writable(&self.peer().rx, prod, SIZE) else {
             _ = never(());
-            return;
+            return None;
         };
         if free == 0 {
             self.unlock(TX);
-            return self.wait(What::Tx);
+            return Some(Op::Wait(What::Tx));
         }
+        // The byte is nobody's to read before the cursor is published, so it goes with the cursor's note.
         self.set(|w, e| {
-            let v = w.end[e].made;
-            w.end[e].data[(prod % SIZE) as usize] = v;
-        });
-        self.set(|w, e| {
+            w.end[e].data[(prod % SIZE) as usize] = w.end[e].made;
             w.end[e].slot.prod += 1;
             w.end[e].made += 1;
         });
@@ -327,10 +370,18 @@ impl Call {
             taken = !self.take_back(prod);
         }
         self.unlock(TX);
-        self.pay(ring);
+        // The call returns once it has rung; but only the bytes of those that have returned must come.
+        if ring {
+            let nobody = self.pay();
+            if taken {
+                self.sent(TAKEN);
+            }
+            return nobody.then_some(Op::Gone);
+        }
         if taken {
             self.sent(TAKEN);
         }
+        None
     }
 
     /// True: the byte at `prod` was not sent.
@@ -349,7 +400,9 @@ impl Call {
     /// Under the tx lock.
     fn leave_ring(&self) -> bool {
         let prod = self.prod();
-        if switch::leave(self.me(), self.peer(), prod) {
+        let left = switch::leave(self.me(), self.peer(), prod);
+        let noted = holds(Rule::NoteLeave).then(|| self.published(TX).ring);
+        if left {
             self.set_tx(mode::DONE);
         } else {
             let at = switch::stop_at(self.peer(), prod, SIZE).unwrap_or(prod);
@@ -357,7 +410,7 @@ impl Call {
             self.set_tx(mode::FLUSH);
             self.flush();
         }
-        self.published(TX).ring
+        noted.unwrap_or_else(|| self.published(TX).ring)
     }
 
     /// Under the tx lock, in FLUSH.
@@ -384,7 +437,7 @@ impl Call {
         }
     }
 
-    fn leave_tx(&self) {
+    fn leave_tx(&self) -> Option<Op> {
         self.lock(TX);
         let mut ring = false;
         match self.tx_mode() {
@@ -396,31 +449,29 @@ impl Call {
             _ => {}
         }
         self.unlock(TX);
-        self.pay(ring);
+        ring.then_some(Op::Owe { obey: false })
     }
 
     // conn/waiting.rs
 
     fn must_obey(&self) -> bool {
-        self.tx_mode() == mode::RING && doorbell::asked(self.peer())
+        self.tx_mode() == mode::RING && doorbell::is_to_leave(self.peer())
     }
 
-    fn obey(&self) {
-        if self.tx_mode() == mode::FLUSH || self.must_obey() {
-            self.progress();
-        }
+    fn obey(&self) -> Option<Op> {
+        (self.tx_mode() == mode::FLUSH || self.must_obey()).then_some(Op::Progress)
     }
 
-    fn progress(&self) {
+    fn progress(&self) -> Option<Op> {
         self.lock(TX);
         let mut ring = false;
         match self.tx_mode() {
-            mode::RING if doorbell::asked(self.peer()) => ring = self.leave_ring(),
+            mode::RING if doorbell::is_to_leave(self.peer()) => ring = self.leave_ring(),
             mode::FLUSH => self.flush(),
             _ => {}
         }
         self.unlock(TX);
-        self.pay(ring);
+        (ring || self.owes_ring()).then_some(Op::Owe { obey: false })
     }
 
     fn owes(&self) -> bool {
@@ -437,7 +488,13 @@ impl Call {
     fn ready(&self, what: What) -> bool {
         match what {
             What::Rx => {
-                let stops = self.me().ctl.ctl.load(Relaxed) & ctl::RX_STOP != 0;
+                let stopped = || self.get(|w, e| w.end[e].slot.stopped) != 0;
+                let mut stops = stopped();
+                if !stops && self.me().ctl.ctl.load(Relaxed) & ctl::RX_STOP != 0 {
+                    self.lock(RX);
+                    stops = stopped();
+                    self.unlock(RX);
+                }
                 if stops || self.rx_mode() != mode::RING || self.must_obey() {
                     return true;
                 }
@@ -445,7 +502,7 @@ impl Call {
                 ring::readable(&self.peer().tx, cons, SIZE).map_or(true, |r| r.bytes > 0 || r.left)
             }
             What::Tx => {
-                if self.tx_mode() != mode::RING || doorbell::asked(self.peer()) {
+                if self.tx_mode() != mode::RING || doorbell::is_to_leave(self.peer()) {
                     return true;
                 }
                 let prod = self.prod();
@@ -455,18 +512,31 @@ impl Call {
         }
     }
 
-    fn wait(&self, what: What) {
+    fn wait(&self, what: What) -> Option<Op> {
         if self.must_obey() {
-            return self.progress();
+            return Some(Op::Progress);
         }
         self.amend();
+        Some(Op::Nap(what))
+    }
+
+    fn bits(what: What) -> u32 {
+        match what {
+            What::Rx => ctl::RX_ARMED,
+            What::Tx => ctl::TX_ARMED,
+            What::Tcp => 0,
+        }
+    }
+
+    /// Before the sleep.
+    fn nap(&self, what: What) -> Option<Op> {
         // Counted as asleep, with an empty doorbell.
         let gone = await_step(why::CROWD, |w| {
             let others = w.end[self.e].slot.asleep != 0;
             if w.end[self.e].bell > 0 && others || !w.is_free(self.e, WAIT) {
                 return None;
             }
-            let end = w.end[self.e].bell == 0 && w.end[1 - self.e].bells == 0;
+            let end = w.end[self.e].bell == 0 && w.bell_ends(self.e);
             if !end {
                 w.end[self.e].bell = 0;
                 w.end[self.e].slot.asleep += 1;
@@ -474,37 +544,50 @@ impl Call {
             Some(end.into())
         });
         if gone != 0 {
-            return self.peer_gone();
+            return Some(Op::Gone);
         }
-        let (bits, kind) = match what {
-            What::Rx => (ctl::RX_ARMED, why::BELL_RX),
-            What::Tx => (ctl::TX_ARMED, why::BELL_TX),
-            What::Tcp => (0, why::BOTH),
-        };
-        if !holds(Rule::Recheck) && self.ready(what) {
-            return self.end_sleep(bits);
+        if what == What::Tx {
+            self.set(|w, e| w.end[e].slot.writers += 1);
         }
+        let bits = Self::bits(what);
+        let early = !holds(Rule::Recheck) && self.ready(what);
         doorbell::arm(self.me(), bits);
-        if holds(Rule::Recheck) && self.ready(what) {
-            return self.end_sleep(bits);
+        if early || holds(Rule::Recheck) && self.ready(what) {
+            return Some(Op::Woken { what, flush: false, ended: false });
         }
         let flush = self.tx_mode() == mode::FLUSH;
+        Some(Op::Asleep { what, flush })
+    }
+
+    fn asleep(&self, what: What, flush: bool) -> Option<Op> {
+        let kind = match what {
+            What::Rx => why::BELL_RX,
+            What::Tx => why::BELL_TX,
+            What::Tcp => why::BOTH,
+        };
         let ended = await_step(kind, |w| {
             let tcp = what == What::Tcp && w.tcp_readable(self.e) || flush && w.tcp_writable(self.e);
             (w.bell_readable(self.e) || tcp).then(|| u8::from(w.end[self.e].bell == 0 && !tcp))
-        });
-        self.end_sleep(bits);
-        if flush {
-            self.progress();
-        }
-        if ended != 0 {
-            self.peer_gone();
-        }
+        }) != 0;
+        Some(Op::Woken { what, flush, ended })
+    }
+
+    fn woken(&self, what: What, flush: bool, ended: bool) -> Option<Op> {
+        self.end_sleep(Self::bits(what));
+        if flush { Some(Op::Flushed { ended }) } else { ended.then_some(Op::Gone) }
+    }
+
+    fn flushed(&self, ended: bool) -> Option<Op> {
+        let ring = self.progress();
+        if ended { Some(Op::Gone) } else { ring }
     }
 
     fn end_sleep(&self, bits: u32) {
+        if bits == ctl::TX_ARMED {
+            self.set(|w, e| w.end[e].slot.writers = w.end[e].slot.writers.saturating_sub(1));
+        }
         let rise = || {
-            shared(|w| {
+            shared(self.e, |w| {
                 let n = &mut w.end[self.e].slot.asleep;
                 *n = n.saturating_sub(1);
                 *n
@@ -521,21 +604,31 @@ impl Call {
             return;
         }
         self.lock(WAIT);
-        if rise() == 0 && self.get(|w, e| w.end[e].holders) == 1 {
+        if rise() == 0 && self.get(|w, e| w.holders(e) as u8) == 1 {
             doorbell::disarm(self.me(), bits);
         }
         self.unlock(WAIT);
     }
 
-    fn peer_gone(&self) {
-        let was = shared(|w| std::mem::replace(&mut w.end[self.e].slot.gone, true).into());
-        if was != 0 {
-            return;
+    fn peer_gone(&self) -> Option<Op> {
+        let was = shared(self.e, |w| {
+            let gone = &mut w.end[self.e].slot.gone;
+            let was = *gone;
+            *gone = if was == 0 { BEGUN } else { was };
+            was
+        });
+        if was != 0 && !(was == BEGUN && holds(Rule::FinishGone)) {
+            return None;
         }
         self.stop_rx(true);
+        Some(Op::GoneTx)
+    }
+
+    fn gone_tx(&self) -> Option<Op> {
         self.lock(TX);
         let prod = self.prod();
-        let unread = doorbell::stopped(self.peer()).is_none()
+        let unread = self.get(|w, e| w.end[e].deaf.into()) == 0
+            && doorbell::stopped(self.peer()).is_none()
             && ring::writable(&self.peer().rx, prod, SIZE).is_ok_and(|(free, _)| free < SIZE);
         match self.tx_mode() {
             mode::RING => _ = self.leave_ring(),
@@ -549,13 +642,15 @@ impl Call {
                 await_step(why::LOCK, |w| (w.end[1 - self.e].tcp.fin || w.rst).then_some(w.rst.into()));
             if reset == 0 {
                 step(|w| {
-                    w.end[self.e].slot.reset = 1;
+                    w.end[self.e].slot.reset = w.end[self.e].slot.reset.max(1);
                     w.end[self.e].tcp.fin = true;
                     w.end[self.e].tx_over = true;
                     0
                 });
             }
         }
+        self.set(|w, e| w.end[e].slot.gone = KNOWN);
+        None
     }
 
     // conn/rx.rs
@@ -584,22 +679,24 @@ impl Call {
         w.end[self.e].rx_over = true;
     }
 
-    fn recv(&self) {
+    fn recv(&self) -> Option<Op> {
         let m = self.rx_mode();
         if m != mode::RING && matches!(self.tx_mode(), mode::RING | mode::FLUSH) {
-            self.obey();
+            if self.obey().is_some() {
+                _ = self.progress().map(|_| self.pay());
+            }
             if self.owes() && step(|w| w.tcp_readable(self.e).into()) == 0 {
-                return self.wait(What::Tcp);
+                return Some(Op::Wait(What::Tcp));
             }
         }
-        match m {
-            mode::RING => self.take(),
-            mode::TCP => self.recv_ready(),
-            _ => self.recv_kernel(),
-        }
+        Some(match m {
+            mode::RING => Op::Take,
+            mode::TCP => Op::Ready,
+            _ => Op::Kernel,
+        })
     }
 
-    fn recv_kernel(&self) {
+    fn recv_kernel(&self) -> Option<Op> {
         let reset = step(|w| {
             // The bytes come first, as they do when TCP is reset.
             let told = w.end[self.e].slot.reset == 1
@@ -611,7 +708,7 @@ impl Call {
             told.into()
         });
         if reset != 0 {
-            return;
+            return None;
         }
         await_step(why::TCP_RX, |w| {
             match w.pop(self.e) {
@@ -621,17 +718,20 @@ impl Call {
             }
             Some(0)
         });
+        None
     }
 
-    fn recv_ready(&self) {
+    fn recv_ready(&self) -> Option<Op> {
         self.lock(READER);
         if self.rx_mode() != mode::TCP {
-            return self.unlock(READER);
+            self.unlock(READER);
+            return None;
         }
         let have = u64::from(self.get(|w, e| w.end[e].slot.taken));
         if switch::announced(self.peer()) == Some(have) {
             self.enter_ring();
-            return self.unlock(READER);
+            self.unlock(READER);
+            return None;
         }
         let early = if holds(Rule::PeekFirst) { None } else { Some(switch::announced(self.peer())) };
         let seen =
@@ -667,6 +767,7 @@ impl Call {
             }
         }
         self.unlock(READER);
+        None
     }
 
     fn enter_ring(&self) {
@@ -680,14 +781,15 @@ impl Call {
         self.unlock(RX);
     }
 
-    fn take(&self) {
+    fn take(&self) -> Option<Op> {
         let r = self.look();
         if r.bytes == 0 && !r.left {
-            return self.wait(What::Rx);
+            return Some(Op::Wait(What::Rx));
         }
         self.lock(RX);
         if self.rx_mode() != mode::RING {
-            return self.unlock(RX);
+            self.unlock(RX);
+            return None;
         }
         let r = self.look();
         if r.bytes == 0 {
@@ -697,9 +799,7 @@ impl Call {
                 self.set_rx(mode::DONE);
             }
             self.unlock(RX);
-            return if ring {
-                self.ring_peer()
-            };
+            return ring.then_some(Op::Owe { obey: false });
         }
         let cons = self.cons();
         let v = self.get(|w, e| w.end[1 - e].data[(cons % SIZE) as usize]);
@@ -710,23 +810,24 @@ impl Call {
         ring::release(&self.me().rx, cons + 1);
         let owed = self.published(RX);
         self.unlock(RX);
-        self.pay(owed.ring);
-        if owed.stop {
-            self.obey();
+        match owed {
+            doorbell::Owed { ring: true, stop } => Some(Op::Owe { obey: stop }),
+            doorbell::Owed { stop, .. } => stop.then_some(Op::Obey),
         }
     }
 
-    fn stop_rx(&self, keep: bool) {
-        let gone = step(|w| (w.end[1 - self.e].bells == 0).into()) != 0;
+    fn stop_rx(&self, keep: bool) -> Option<Op> {
+        let gone = step(|w| (!w.has_bell(1 - self.e)).into()) != 0;
         let keep = keep || gone;
         self.lock(RX);
         let m = self.rx_mode();
         let ring = self.settle();
         if m == mode::DONE || self.get(|w, e| w.end[e].slot.stopped) != 0 {
             self.unlock(RX);
-            return if ring {
-                self.ring_peer()
-            };
+            if ring {
+                self.ring_peer();
+            }
+            return None;
         }
         let cons = self.cons();
         let note = |at: u64| {
@@ -742,7 +843,8 @@ impl Call {
             Some(at) => at,
             None if !gone || !holds(Rule::EndOfTheDead) => {
                 self.set(|w, e| w.end[e].slot.stopped = 0);
-                return self.unlock(RX);
+                self.unlock(RX);
+                return None;
             }
             None => cons + ring::readable(&self.peer().tx, cons, SIZE).map_or(0, |r| r.bytes),
         };
@@ -758,11 +860,13 @@ impl Call {
         if holds(Rule::StopRings) {
             self.ring_peer();
         }
+        None
     }
 
     // conn/close.rs
 
-    fn end_tx(&self) {
+    /// Of a shutdown, or of the last `close`.
+    fn end_tx(&self, close: bool) -> Option<Op> {
         self.lock(TX);
         let mut ring = false;
         match self.tx_mode() {
@@ -775,58 +879,104 @@ impl Call {
             _ => {}
         }
         self.unlock(TX);
-        self.pay(ring);
-        for _ in 0..=SIZE {
-            if self.tx_mode() != mode::FLUSH {
-                return;
-            }
-            self.wait_writable();
-            self.progress();
+        if ring || self.owes_ring() {
+            self.pay();
         }
+        Some(Op::Finish { close })
     }
 
-    fn shut(&self) {
-        self.end_tx();
+    fn finish_flush(&self, close: bool) -> Option<Op> {
+        for _ in 0..=SIZE {
+            if self.tx_mode() != mode::FLUSH {
+                break;
+            }
+            self.wait_writable();
+            _ = self.progress().map(|_| self.pay());
+        }
+        Some(if close { Op::LastLook } else { Op::ShutFd })
+    }
+
+    fn shut_fd(&self) -> Option<Op> {
+        doorbell::shut(self.peer());
         step(|w| {
             w.end[self.e].tcp.fin = true;
             w.end[self.e].tx_over = true;
             0
         });
+        Some(Op::ShutBell)
     }
 
-    fn close(&self) {
-        let last = step(|w| {
-            let n = &mut w.end[self.e].holders;
-            *n -= 1;
-            u8::from(*n == 0)
-        }) != 0;
-        if last {
-            self.end_tx();
-            self.lock(RX);
-            let mut unread = false;
-            if self.rx_mode() <= mode::RING {
-                let _ = self.settle();
-                let cons = self.cons();
-                let look = || ring::readable(&self.peer().tx, cons, SIZE).is_ok_and(|r| r.bytes > 0);
-                unread = look() && self.get(|w, e| w.end[e].tcp.fin.into()) == 0;
-                if !unread && self.get(|w, e| w.end[e].slot.stopped) == 0 {
-                    let _ = doorbell::stop(self.me(), cons);
-                }
-                unread |= look();
-            }
-            self.unlock(RX);
-            step(|w| {
-                w.close_tcp(self.e, unread);
-                0
-            });
-            if self.rx_mode() <= mode::RING {
-                let _ = doorbell::stop(self.me(), self.cons());
-            }
+    /// Who sleeps for room is to hear of it: the doorbell falls silent, for the other direction as well.
+    fn shut_bell(&self) -> Option<Op> {
+        if self.get(|w, e| w.end[e].slot.writers) == 0 || !holds(Rule::ShutWakes) {
+            return None;
         }
+        self.stop_rx(true);
+        Some(Op::Deafen)
+    }
+
+    fn deafen(&self) -> Option<Op> {
         step(|w| {
-            w.end[self.e].bells -= 1;
+            w.end[self.e].deaf = true;
             0
         });
+        None
+    }
+
+    fn close(&self) -> Option<Op> {
+        let t = self.thread as usize;
+        // Its seat is left before it counts itself off: the count is never below the truth.
+        self.set(|w, _| w.threads[t].has &= !has::SEAT);
+        let last = step(|w| {
+            w.threads[t].has &= !has::COUNT;
+            u8::from(w.holders(self.e) == 0)
+        }) != 0;
+        if last || !holds(Rule::LastLeaves) { self.end_tx(true) } else { Some(Op::CloseFd { last }) }
+    }
+
+    /// The last holder is about to let the kernel close the socket.
+    fn last_look(&self) -> Option<Op> {
+        self.lock(RX);
+        let mut unread = false;
+        if self.rx_mode() <= mode::RING {
+            if self.get(|w, e| w.end[e].slot.stopped) == 2 {
+                let _ = self.settle();
+            }
+            let cons = self.cons();
+            let look = || ring::readable(&self.peer().tx, cons, SIZE).is_ok_and(|r| r.bytes > 0);
+            unread = look() && self.get(|w, e| w.end[e].tcp.fin.into()) == 0;
+            if !unread && self.get(|w, e| w.end[e].slot.stopped) == 0 {
+                let _ = doorbell::stop(self.me(), cons);
+            }
+            unread |= look();
+        }
+        self.unlock(RX);
+        if unread {
+            step(|w| {
+                w.end[self.e].linger = true;
+                0
+            });
+        }
+        Some(Op::CloseFd { last: true })
+    }
+
+    fn close_fd(&self, last: bool) -> Option<Op> {
+        step(|w| {
+            w.close_fd(self.e, self.thread as usize);
+            0
+        });
+        if last && self.rx_mode() <= mode::RING {
+            let _ = doorbell::stop(self.me(), self.cons());
+        }
+        Some(Op::CloseBell)
+    }
+
+    fn close_bell(&self) -> Option<Op> {
+        step(|w| {
+            w.threads[self.thread as usize].has &= !has::BELL;
+            0
+        });
+        None
     }
 }
 
@@ -838,13 +988,15 @@ pub fn due(w: &World, e: usize, kind: u8) -> Option<&'static str> {
         why::BELL_RX | why::TCP_RX | why::BOTH => {
             // What a stop without keeping leaves in the ring waits for the sender's next call.
             let there = end.got < peer.acked && !end.handed;
-            let ended = peer.tcp.fin || peer.bells == 0 || w.rst;
+            let ended = peer.tcp.fin || !w.has_bell(1 - e) || w.rst;
             (there || ended).then_some("a reader sleeps, and bytes or the end are due")
         }
         why::BELL_TX => {
             let space = u64::from(prod(&end.page)) < u64::from(peer.page[2]) + SIZE;
             let asked = u32::from(peer.page[5]) & (ctl::RX_STOP | ctl::RX_ASK) != 0;
-            (space || asked || peer.bells == 0).then_some("a writer sleeps, and there is space or an end")
+            // Its own end may have been shut by another holder.
+            let ended = !w.has_bell(1 - e) || end.tcp.fin;
+            (space || asked || ended).then_some("a writer sleeps, and there is space or an end")
         }
         why::TCP_TX => (w.tcp_writable(e)).then_some("a writer sleeps, and TCP takes bytes"),
         _ => Some("a thread waits for another that is not there"),

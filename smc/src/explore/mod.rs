@@ -9,6 +9,12 @@
 //! theirs to the page is a step ([`traced`]). `end` does with them what `conn/` does. All states are visited once,
 //! by their 128-bit hash, breadth first, so that what is told of a failure is a shortest way to it.
 //!
+//! What keeps the states few: a call is made of parts (`world::Op`), and who comes to the next part forgets what it has
+//! seen in the last; words of the slot are steps only where another holder lives who might see them; a lock is taken in
+//! one step with the first access under it, and given back in one with the last, since the lock keeps out those who could
+//! tell; and holders are alike, so that of two states that differ in who is who one stands for both. A dead holder is
+//! counted off at once, as by one who looks, but for one that was killed while it counted itself off: that stays counted.
+//!
 //! Two things are one step here and are not in the product: that the kernel takes bytes from, or gives them to, a
 //! holder and that this counts them. A holder that is killed between the two leaves a count that is wrong to the
 //! others; nothing but the kernel's own counts could tell them.
@@ -28,7 +34,7 @@ use std::fmt::Write as _;
 use std::hash::{BuildHasherDefault, Hash, Hasher};
 
 use crate::rules::Rule;
-use world::{At, LOG, Op, World, why};
+use world::{At, LOG, Op, World, has, why};
 
 thread_local! {
     static DROPPED: Cell<Option<Rule>> = const { Cell::new(None) };
@@ -76,7 +82,7 @@ fn make(w: &World, t: u8, op: Op) -> Went {
         });
     }
     traced::begin(&th.log[..th.n as usize]);
-    end::Call::run(th.end as usize, t, op);
+    let next = end::Call::run(th.end as usize, t, op);
     traced::end(|r| {
         if let Some(b) = r.broken {
             return Went::Broke(b);
@@ -89,9 +95,13 @@ fn make(w: &World, t: u8, op: Op) -> Went {
         let end = after.threads[t as usize].end as usize;
         let th = &mut after.threads[t as usize];
         if over {
-            th.at = if op == Op::Close { At::Over } else { At::Idle };
             (th.n, th.log) = (0, [0; LOG]);
-            if std::mem::take(&mut th.late) {
+            th.at = match next {
+                Some(part) => At::In(part),
+                None if op == Op::CloseBell => At::Over,
+                None => At::Idle,
+            };
+            if next.is_none() && std::mem::take(&mut th.late) {
                 after.end[end].orphan = false;
             }
         } else {
@@ -109,33 +119,28 @@ fn kill(w: &World, t: u8) -> Box<World> {
     let e = w.threads[t as usize].end as usize;
     let within = matches!(w.threads[t as usize].at, At::In(_));
     let th = &mut w.threads[t as usize];
+    let had = std::mem::take(&mut th.has);
     (th.at, th.n, th.log, th.late) = (At::Dead, 0, [0; LOG], false);
+    let others =
+        |what| w.threads[..w.count as usize].iter().any(|o| o.end as usize == e && o.has & what != 0);
+    // What nobody else has the kernel closes.
+    let closing = [has::TCP, has::BELL].into_iter().filter(|b| had & b != 0 && !others(*b)).sum::<u8>();
+    let alone = !others(has::ALL);
     let end = &mut w.end[e];
-    // Who was in `close` has counted itself off already; the count of the dead is put right by who looks.
-    let living = |o: &&world::Thread| o.end as usize == e && !matches!(o.at, At::Dead | At::Over);
-    let others = w.threads[..w.count as usize].iter().any(|o| living(&o));
-    if others {
-        let alive = w.threads[..w.count as usize].iter().filter(living).count();
-        end.holders = end.holders.min(alive as u8);
-        end.bells = end.bells.min(alive as u8);
-        end.slot.asleep = 0;
-        end.orphan = within;
-    } else {
-        end.dead = true;
-        end.closing = 3;
-    }
+    end.closing |= closing;
+    end.ghosts += u8::from(had & (has::COUNT | has::SEAT) == has::COUNT && !alone);
+    end.slot.lock.iter_mut().filter(|l| **l == t + 1).for_each(|l| *l = 0);
+    end.slot.asleep = 0;
+    end.orphan = within && !alone;
+    end.dead = alone;
     w
 }
 
 fn kernel(w: &World, e: u8, what: u8) -> Box<World> {
     let mut w = Box::new(*w);
     w.end[e as usize].closing &= !what;
-    if what == 1 {
-        if !w.end[e as usize].closed {
-            w.close_tcp(e as usize, false);
-        }
-    } else {
-        w.end[e as usize].bells = 0;
+    if what == has::TCP && !w.end[e as usize].closed {
+        w.close_tcp(e as usize);
     }
     w
 }
@@ -143,7 +148,7 @@ fn kernel(w: &World, e: u8, what: u8) -> Box<World> {
 fn may_begin(w: &World, t: u8) -> impl Iterator<Item = Op> {
     let e = w.threads[t as usize].end as usize;
     let end = w.end[e];
-    let (early, endless) = (w.early, w.endless);
+    let (early, endless, holders) = (w.early, w.endless, w.holders(e));
     [Op::Send, Op::Recv, Op::Leave, Op::Stop, Op::Keep, Op::Shut, Op::Close].into_iter().filter(move |op| {
         match op {
             Op::Send => end.may[0] > 0 && !end.tx_over,
@@ -152,7 +157,9 @@ fn may_begin(w: &World, t: u8) -> impl Iterator<Item = Op> {
             Op::Stop => end.may[2] > 0,
             Op::Keep => end.may[3] > 0,
             Op::Shut => !endless && !end.tcp.fin && !end.tx_over && (early || end.may[0] == 0),
-            Op::Close => !endless && (early || end.tx_over && (end.rx_over || end.handed)),
+            // Who leaves the connection to another may do so at any time.
+            Op::Close => !endless && (early || holders > 1 || end.tx_over && (end.rx_over || end.handed)),
+            _ => false,
         }
     })
 }
@@ -162,8 +169,8 @@ fn drains(w: &World) -> Result<(), &'static str> {
     for t in 0..w.count {
         let th = &w.threads[t as usize];
         let (end, peer) = (&w.end[th.end as usize], &w.end[1 - th.end as usize]);
-        if th.at != At::Idle || peer.bells > 0 || !peer.closed || end.rx_over || end.handed || end.holders > 1
-        {
+        let gone = peer.closed && !w.has_bell(1 - th.end as usize);
+        if th.at != At::Idle || !gone || end.rx_over || end.handed {
             continue;
         }
         let mut at = Box::new(*w);
@@ -171,7 +178,11 @@ fn drains(w: &World) -> Result<(), &'static str> {
             if at.end[th.end as usize].rx_over {
                 break;
             }
-            match make(&at, t, Op::Recv) {
+            let op = match at.threads[t as usize].at {
+                At::In(op) => op,
+                _ => Op::Recv,
+            };
+            match make(&at, t, op) {
                 Went::To(after) => at = after,
                 Went::Blocked(_) => break,
                 Went::Broke(b) => return Err(b),
@@ -231,7 +242,7 @@ type Seen = HashSet<u128, BuildHasherDefault<Mix>>;
 
 fn key(w: &World) -> u128 {
     let mut h = Mix(1, 2);
-    w.hash(&mut h);
+    w.canonical().as_ref().unwrap_or(w).hash(&mut h);
     u128::from(Mix::done(h.0)) << 64 | u128::from(Mix::done(h.1))
 }
 
@@ -271,13 +282,12 @@ fn explore(start: World) -> Found {
                         Went::Broke(b) => broken = Some((b, Step::Thread(t, op))),
                     }
                 }
-                // Holders are alike: it is the first that is killed.
-                if w.deaths > 0 && !(w.shared && t == 1) {
+                if w.deaths > 0 {
                     to(kill(&w, t), Step::Kill(t));
                 }
             }
             for e in 0..2u8 {
-                for what in [1, 2] {
+                for what in [has::TCP, has::BELL] {
                     if w.end[e as usize].closing & what != 0 {
                         busy = true;
                         to(kernel(&w, e, what), Step::Kernel(e, what));

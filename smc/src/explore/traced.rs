@@ -20,6 +20,8 @@ pub struct Run {
     at: usize,
     /// The step's own access has been made; those that belong to it may follow.
     live: bool,
+    /// The next access belongs to it as well.
+    join: bool,
     /// The state after the step.
     pub after: Option<Box<World>>,
     /// The step could not be made: why.
@@ -39,7 +41,7 @@ pub fn begin(log: &[u8]) {
         r.log.clear();
         r.log.extend_from_slice(log);
         r.made = log.len();
-        (r.at, r.live) = (0, false);
+        (r.at, r.live, r.join) = (0, false, false);
         (r.after, r.blocked, r.broken) = (None, None, None);
     });
 }
@@ -84,6 +86,7 @@ fn access(joined: bool, mut perform: impl FnMut() -> Result<u64, u8>) -> u64 {
         if r.after.is_some() || r.blocked.is_some() {
             return Do::Scratch;
         }
+        let joined = joined || std::mem::take(&mut r.join);
         if r.live && !joined {
             return Do::Keep;
         }
@@ -110,6 +113,19 @@ fn access(joined: bool, mut perform: impl FnMut() -> Result<u64, u8>) -> u64 {
             }),
         },
     }
+}
+
+/// A lock was taken in this step, if it is this one: the next access goes with it. (What comes between changes nothing
+/// for the others: those who want the lock wait, or go first.)
+pub fn join_next() {
+    RUN.with_borrow_mut(|r| {
+        r.join |= r.on && r.at == r.log.len() && r.live && r.after.is_none() && r.blocked.is_none()
+    });
+}
+
+/// The lock is given back, and nothing was done that others could see.
+pub fn join_no_more() {
+    RUN.with_borrow_mut(|r| r.join = false);
 }
 
 /// Notes what broke, if it is in this step.

@@ -56,7 +56,8 @@ pub struct Slot {
     pub noted: u8,
     pub owed: bool,
     pub asleep: u8,
-    pub gone: bool,
+    pub writers: u8,
+    pub gone: u8,
     pub reset: u8,
 }
 
@@ -79,10 +80,14 @@ pub struct End {
     pub tcp: Tcp,
     /// Its TCP socket is closed.
     pub closed: bool,
-    /// Bytes in its doorbell, and its holders that have a descriptor of it.
+    /// It is to be reset when it is closed (SO_LINGER 0).
+    pub linger: bool,
+    /// Bytes in its doorbell.
     pub bell: u8,
-    pub bells: u8,
-    pub holders: u8,
+    /// It has shut its own doorbell (`deaf`).
+    pub deaf: bool,
+    /// Holders that were killed when they had left their seat and not counted themselves off.
+    pub ghosts: u8,
     /// What it may still do: send, leave, stop, stop and keep.
     pub may: [u8; 4],
     /// Bytes given to the stream; of these, those whose call has returned.
@@ -102,7 +107,7 @@ pub struct End {
 }
 
 /// What a thread is at.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum At {
     #[default]
     Idle,
@@ -111,8 +116,17 @@ pub enum At {
     Dead,
 }
 
-/// What a program may call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// What a thread waits for on the doorbell: bytes, space, bytes by TCP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum What {
+    Rx,
+    Tx,
+    Tcp,
+}
+
+/// What a program may call, and then the parts of those calls: a part begins with nothing but what its name says,
+/// so what a thread has seen before is forgotten, and many ways to it are one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Op {
     Send,
     Recv,
@@ -121,16 +135,66 @@ pub enum Op {
     Keep,
     Shut,
     Close,
+    Take,
+    Ready,
+    Kernel,
+    /// A ring is owed; then `obey`.
+    Owe {
+        obey: bool,
+    },
+    Obey,
+    Progress,
+    WaitWritable,
+    Wait(What),
+    Nap(What),
+    Asleep {
+        what: What,
+        flush: bool,
+    },
+    Woken {
+        what: What,
+        flush: bool,
+        ended: bool,
+    },
+    Flushed {
+        ended: bool,
+    },
+    Gone,
+    GoneTx,
+    Finish {
+        close: bool,
+    },
+    ShutFd,
+    ShutBell,
+    Deafen,
+    LastLook,
+    CloseFd {
+        last: bool,
+    },
+    CloseBell,
+}
+
+/// What a holder has of its end.
+pub mod has {
+    /// A descriptor of the TCP socket, and of the doorbell.
+    pub const TCP: u8 = 1;
+    pub const BELL: u8 = 2;
+    /// It is counted, and has a seat, by which its death is noticed.
+    pub const COUNT: u8 = 4;
+    pub const SEAT: u8 = 8;
+    pub const ALL: u8 = 15;
 }
 
 /// Longest log.
 pub const LOG: usize = 120;
 
 /// A thread of a holder; here each holder has one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Thread {
     pub end: u8,
     pub at: At,
+    /// See [`has`].
+    pub has: u8,
     pub n: u8,
     pub log: [u8; LOG],
     /// Its operation began when a sibling was dead already.
@@ -147,7 +211,7 @@ pub struct World {
     pub deaths: u8,
     /// Bytes TCP takes.
     pub cap: u8,
-    /// Whether holders share an end, and so each access to the slot is a step.
+    /// Whether end 0 has two holders.
     pub shared: bool,
     /// Ends may close before they have read and sent all.
     pub early: bool,
@@ -160,7 +224,7 @@ impl World {
         let mut w = World {
             end: [End::default(); 2],
             rst: false,
-            threads: [Thread { end: 0, at: At::Idle, n: 0, log: [0; LOG], late: false }; 3],
+            threads: [Thread { end: 0, at: At::Idle, has: 0, n: 0, log: [0; LOG], late: false }; 3],
             count: ends.len() as u8,
             deaths: 0,
             cap: 6,
@@ -169,15 +233,54 @@ impl World {
             endless: false,
         };
         for (t, e) in w.threads.iter_mut().zip(ends) {
-            t.end = *e;
-            w.end[*e as usize].bells += 1;
-            w.end[*e as usize].holders += 1;
+            (t.end, t.has) = (*e, has::ALL);
         }
         for e in &mut w.end {
             // Both ends are ready to follow an announcement.
             e.page[4] = 1;
         }
         w
+    }
+
+    fn holders_with(&self, e: usize, what: u8) -> usize {
+        let of = |t: &&Thread| t.end as usize == e && t.has & what != 0;
+        self.threads[..self.count as usize].iter().filter(of).count()
+    }
+
+    /// The count of holders; the dead have been counted off by who looks.
+    pub fn holders(&self, e: usize) -> usize {
+        self.holders_with(e, has::COUNT) + self.end[e].ghosts as usize
+    }
+
+    /// Whether somebody has a descriptor of the doorbell at `e`.
+    pub fn has_bell(&self, e: usize) -> bool {
+        self.end[e].closing & has::BELL != 0 || self.holders_with(e, has::BELL) > 0
+    }
+
+    /// Whether several that live and have not closed share `e`: then each access to its slot is a step.
+    pub fn crowded(&self, e: usize) -> bool {
+        let of = |t: &&Thread| t.end as usize == e && !matches!(t.at, At::Over | At::Dead);
+        self.shared && e == 0 && self.threads[..self.count as usize].iter().filter(of).count() > 1
+    }
+
+    /// A holder's descriptor of the TCP socket is closed, by itself.
+    pub fn close_fd(&mut self, e: usize, t: usize) {
+        self.threads[t].has &= !has::TCP;
+        if self.holders_with(e, has::TCP) == 0 {
+            self.close_tcp(e);
+        }
+    }
+
+    /// Holders are alike: of two worlds that differ in who is who, one stands for both.
+    pub fn canonical(&self) -> Option<World> {
+        (self.shared && self.threads[1] < self.threads[0]).then(|| {
+            let mut w = *self;
+            w.threads.swap(0, 1);
+            for owner in &mut w.end[0].slot.lock {
+                *owner = [0, 2, 1][*owner as usize];
+            }
+            w
+        })
     }
 
     /// TCP has something to say to the reader at `e`.
@@ -192,7 +295,12 @@ impl World {
 
     /// The doorbell of `e` is readable: a ring or its end.
     pub fn bell_readable(&self, e: usize) -> bool {
-        self.end[e].bell > 0 || self.end[1 - e].bells == 0
+        self.end[e].bell > 0 || self.bell_ends(e)
+    }
+
+    /// The doorbell of `e` is at its end.
+    pub fn bell_ends(&self, e: usize) -> bool {
+        self.end[e].deaf || !self.has_bell(1 - e)
     }
 
     /// A byte by TCP from `e`: 0 taken, 1 no room, 2 the connection is gone.
@@ -225,15 +333,14 @@ impl World {
         })
     }
 
-    /// Nobody has the lock, or a dead one.
+    /// Nobody has the lock. (That of a dead one is free.)
     pub fn is_free(&self, e: usize, lock: usize) -> bool {
-        let owner = self.end[e].slot.lock[lock];
-        owner == 0 || self.threads[owner as usize - 1].at == At::Dead
+        self.end[e].slot.lock[lock] == 0
     }
 
     /// The kernel closes the TCP socket of `e`.
-    pub fn close_tcp(&mut self, e: usize, reset: bool) {
-        if reset || self.end[1 - e].tcp.n > 0 {
+    pub fn close_tcp(&mut self, e: usize) {
+        if self.end[e].linger || self.end[1 - e].tcp.n > 0 {
             self.rst = true;
         }
         self.end[e].tcp.fin = true;
@@ -292,9 +399,9 @@ pub fn snapshot() -> Box<World> {
     w
 }
 
-/// An access to what the holders of an end share: a step if there are several.
-pub fn shared(f: impl Fn(&mut World) -> u8) -> u8 {
-    if with(|w| w.shared) { traced::step(|| Ok(with(&f))) } else { traced::joined(|| with(&f)) }
+/// An access to what the holders of `e` share: a step if there are several.
+pub fn shared(e: usize, f: impl Fn(&mut World) -> u8) -> u8 {
+    if with(|w| w.crowded(e)) { traced::step(|| Ok(with(&f))) } else { traced::joined(|| with(&f)) }
 }
 
 /// A step that is always one.

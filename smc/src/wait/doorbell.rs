@@ -61,10 +61,15 @@ impl Rings {
     }
 
     /// Rings. All that was noted before is paid; a note that came meanwhile is not.
-    pub fn pay<T>(&self, ring: impl FnOnce() -> T) -> T {
+    ///
+    /// `taken`: whether whoever noted has taken its armed bit by now, or was killed, which it has if the directions' locks
+    /// are free. If not, the peer might arm once more after this ring, and that bit be taken by one who is killed with no
+    /// note left. So the ring stays owed then: the next publication rings, at worst for nothing.
+    pub fn pay<T>(&self, taken: impl FnOnce() -> bool, ring: impl FnOnce() -> T) -> T {
         let noted = self.load();
+        let paid = noted & Self::OWED != 0 && taken();
         let r = ring();
-        if noted & Self::OWED != 0 {
+        if paid {
             let _ = self.0.compare_exchange(noted, noted & !Self::OWED, Relaxed, Relaxed);
         }
         r
@@ -185,6 +190,15 @@ pub fn was_shut(me: &SidePage) -> bool {
 pub fn asked(peer: &SidePage) -> bool {
     // Relaxed: whoever acts on it reads the word again, see `leave` and `stopped`.
     peer.ctl.ctl.load(Relaxed) & (ctl::RX_STOP | ctl::RX_ASK) != 0
+}
+
+/// Whether a stream that is in the ring is to leave it: `peer` has [asked](asked), or a holder of this end that was killed
+/// had begun to leave. The peer may know already, so nothing more goes into the ring, and whoever finds this leaves.
+#[inline]
+pub fn is_to_leave(peer: &SidePage) -> bool {
+    let begun = if holds(Rule::FinishLeave) { ctl::PEER_LEFT } else { 0 };
+    // Relaxed: as in `asked`.
+    peer.ctl.ctl.load(Relaxed) & (ctl::RX_STOP | ctl::RX_ASK | begun) != 0
 }
 
 /// Whether `peer` has asked to stop, and where.
