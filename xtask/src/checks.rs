@@ -129,6 +129,9 @@ fn tests(command: &mut Command) -> io::Result<Tally> {
 fn unit() -> io::Result<Tally> {
     let all = ["test", "--quiet", "--release", "--workspace", "--exclude", "libsmc", "--no-fail-fast"];
     let mut tally = tests(shell::cargo().args(all))?;
+    // A minute, for what a developer who runs `cargo test` does not wait.
+    let long = ["test", "--quiet", "--release", "-p", "smc", "--lib", "explore", "--", "--ignored"];
+    tally.add(tests(shell::cargo().args(long))?);
     let documented = ["test", "--quiet", "--release", "-p", "smc", "--all-features", "--doc"];
     tally.add(tests(shell::cargo().args(documented))?);
     let mut document = shell::cargo();
