@@ -100,9 +100,18 @@ impl Entry {
     /// # Safety
     /// `sock` is part of an entry, and a reference of it is the caller's to drop.
     pub unsafe fn forsake(sock: &Socket) {
+        // SAFETY: as the caller vouches.
+        release(unsafe { Self::of(sock) });
+    }
+
+    /// The entry of a connection.
+    ///
+    /// # Safety
+    /// `sock` is part of an entry.
+    pub unsafe fn of(sock: &Socket) -> &'static Entry {
         let e = std::ptr::from_ref(sock).cast::<u8>().wrapping_sub(std::mem::offset_of!(Entry, sock));
         // SAFETY: as the caller vouches; entries are never unmapped.
-        release(unsafe { &*e.cast::<Entry>() });
+        unsafe { &*e.cast::<Entry>() }
     }
 
     /// Drops a reference whose holder can't any more, and which is the caller's to drop. In a section.

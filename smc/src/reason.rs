@@ -94,7 +94,7 @@ reasons! {
     Exec = 0x7f00_0005, "exec",
         "The socket survives an exec, so the stream went back to TCP; set close-on-exec where it is not meant to.";
     CountMismatch = 0x7f00_0006, "count-mismatch",
-        "Bytes were read or written by a way that libsmc does not see, so the stream can't be switched.";
+        "Bytes are moved, or waited for, by a way that libsmc does not see, so the stream can't be switched.";
     TooShort = 0x7f00_0007, "too-short",
         "The connection ended before it reached SMC_UPGRADE_AFTER; lower that to upgrade sooner.";
     Stdio = 0x7f00_0008, "stdio",

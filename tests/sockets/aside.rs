@@ -23,6 +23,9 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(moves_by_number),
     s!(waits_by_number),
     s!(positions_by_number),
+    s!(set_waited_for_by_instruction).plain(),
+    s!(set_made_by_instruction).plain(),
+    s!(polled_by_instruction).plain(),
     s!(linux_aio),
     s!(linux_aio_in_the_middle),
     s!(linux_aio_with_bytes_waiting),
@@ -263,6 +266,123 @@ fn waits_by_number(w: &World) {
         log!("{}", c.get(10));
     }
     w.still_good(&mut c);
+}
+
+/// A program that does not block, moves its bytes by calls and waits by instructions: `wait` says whether one of the
+/// events came. Ping-pongs first, then much at once, each way.
+fn with_waits_by_instruction(w: &World, mut c: Conn, wait: &dyn Fn(i16) -> bool) {
+    sys::set_nonblocking(c.fd, true);
+    let one = |c: &mut Conn| -> Result<(), String> {
+        let b = c.next(1);
+        let sent = sys::send(c.fd, &b, libc::MSG_NOSIGNAL);
+        if sent != Ok(1) {
+            return Err(format!("send {}", show(sent)));
+        }
+        let mut b = [0];
+        loop {
+            match sys::recv(c.fd, &mut b, 0) {
+                Ok(1) => return c.check(&b),
+                Err(libc::EAGAIN) if wait(POLLIN) => {}
+                r => return Err(format!("recv {}", show(r))),
+            }
+        }
+    };
+    w.start_far(&c, "pong 300");
+    for i in 0..300 {
+        if let Err(e) = one(&mut c) {
+            log!("round {i}: {e}");
+            let _ = sys::close(c.fd);
+            w.finish();
+            return;
+        }
+    }
+    log!("{}", w.finish());
+
+    const MUCH: usize = 3_000_000;
+    w.start_far(&c, &format!("get {MUCH}"));
+    let mut left = MUCH;
+    while left > 0 {
+        let b = block(c.tx, left.min(50_000));
+        match sys::send(c.fd, &b, libc::MSG_NOSIGNAL) {
+            Ok(n) => {
+                left -= n as usize;
+                c.tx += n as u64;
+            }
+            Err(libc::EAGAIN) if wait(POLLOUT) => {}
+            r => {
+                log!("send {} with {left} left", show(r));
+                let _ = sys::close(c.fd);
+                break;
+            }
+        }
+    }
+    log!("{}", w.finish());
+    w.start_far(&c, &format!("put {MUCH}"));
+    let (mut left, mut b) = (MUCH, vec![0; 50_000]);
+    while left > 0 {
+        match sys::recv(c.fd, &mut b, 0) {
+            Ok(n @ 1..) => {
+                left = left.saturating_sub(n as usize);
+                if let Err(e) = c.check(&b[..n as usize]) {
+                    log!("{e}");
+                }
+            }
+            Err(libc::EAGAIN) if wait(POLLIN) => {}
+            r => {
+                log!("recv {} with {left} left", show(r));
+                let _ = sys::close(c.fd);
+                break;
+            }
+        }
+    }
+    log!("{}", w.finish());
+}
+
+/// epoll_pwait by an instruction, for one event.
+fn epoll_by_instruction(set: i32) -> bool {
+    let mut e = libc::epoll_event { events: 0, u64: 0 };
+    let at = &raw mut e as usize;
+    // SAFETY: one event, which lives over the call; no mask.
+    let n = unsafe { sys::by_instruction(libc::SYS_epoll_pwait, [set as usize, at, 1, 5000, 0, 8]) };
+    n == 1 && { e.u64 } == 7
+}
+
+/// As Bun does: the set is made and filled by calls.
+fn set_waited_for_by_instruction(w: &World) {
+    let c = w.cold_on("4");
+    let set = sys::epoll_create();
+    sys::epoll_add(set, c.fd, libc::EPOLLIN, 7);
+    with_waits_by_instruction(w, c, &|events| {
+        sys::epoll_ctl(set, libc::EPOLL_CTL_MOD, c.fd, events as u32, 7).is_ok() && epoll_by_instruction(set)
+    });
+}
+
+/// As programs of Rust's crates async-io and rustix do: so is the set itself.
+fn set_made_by_instruction(w: &World) {
+    let c = w.cold_on("4");
+    // SAFETY: no pointers.
+    let set = unsafe { sys::by_instruction(libc::SYS_epoll_create1, [0; 6]) } as i32;
+    let control = |op: i32, events: i16| {
+        let e = libc::epoll_event { events: events as u32, u64: 7 };
+        let a = [set as usize, op as usize, c.fd as usize, &raw const e as usize, 0, 0];
+        // SAFETY: an event, which lives over the call.
+        unsafe { sys::by_instruction(libc::SYS_epoll_ctl, a) == 0 }
+    };
+    log!("{}", control(libc::EPOLL_CTL_ADD, POLLIN));
+    with_waits_by_instruction(w, c, &|events| {
+        control(libc::EPOLL_CTL_MOD, events) && epoll_by_instruction(set)
+    });
+}
+
+fn polled_by_instruction(w: &World) {
+    let c = w.cold_on("4");
+    with_waits_by_instruction(w, c, &|events| {
+        let mut p = libc::pollfd { fd: c.fd, events, revents: 0 };
+        let t = libc::timespec { tv_sec: 5, tv_nsec: 0 };
+        let a = [&raw mut p as usize, 1, &raw const t as usize, 0, 8, 0];
+        // SAFETY: one entry and a time, which live over the call; no mask.
+        unsafe { sys::by_instruction(libc::SYS_ppoll, a) == 1 }
+    });
 }
 
 fn positions_by_number(w: &World) {

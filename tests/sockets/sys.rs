@@ -870,3 +870,34 @@ pub fn syscall_read(fd: i32, b: &mut [u8]) -> Res {
     // SAFETY: the buffer is live and this long.
     res(unsafe { libc::syscall(libc::SYS_read, fd, b.as_mut_ptr(), b.len()) })
 }
+
+/// A system call by an instruction of the program's own, of which no library knows: the result, or minus errno.
+///
+/// # Safety
+/// As for the call.
+pub unsafe fn by_instruction(nr: i64, a: [usize; 6]) -> i64 {
+    let r: i64;
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: as the caller vouches; the kernel changes these registers, and memory as the call does.
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            inlateout("rax") nr => r,
+            in("rdi") a[0], in("rsi") a[1], in("rdx") a[2], in("r10") a[3], in("r8") a[4], in("r9") a[5],
+            lateout("rcx") _, lateout("r11") _,
+            options(nostack)
+        );
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: as above.
+    unsafe {
+        std::arch::asm!(
+            "svc #0",
+            in("x8") nr,
+            inlateout("x0") a[0] as i64 => r,
+            in("x1") a[1], in("x2") a[2], in("x3") a[3], in("x4") a[4], in("x5") a[5],
+            options(nostack)
+        );
+    }
+    r
+}

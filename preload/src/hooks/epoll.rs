@@ -65,6 +65,7 @@ use super::sleep::{wait_in_window, wait_with};
 use crate::fd_table::{self, Entry, Ref};
 use crate::hook::to_libc;
 use crate::real::real;
+use engine::conn::{Sets, Socket};
 use engine::sys;
 use libc::{c_int, epoll_event, sigset_t, timespec};
 use set::{Locked, Look, Out, Rung, is_bell, ours};
@@ -249,6 +250,7 @@ unsafe fn wait(epfd: c_int, events: *mut epoll_event, max: c_int, call: Call) ->
         return wait_with(&e, &|| call.whole(epfd, events, max));
     }
     e.set.is_called(epfd);
+    e.set.note_wait();
     let inner = e.set.has_inner() && show_inner(&e);
     // SAFETY: as the caller vouches.
     let out = unsafe { Out::new(events, max as usize) };
@@ -666,9 +668,26 @@ fn rings_inside(e: &'static Entry) -> bool {
 
 /// The set is about to be looked at from outside (another set, poll, select): the kernel must know what is
 /// ready in it, from now on always, and no more than that. Whether it, or a set in it, has doorbells.
-pub(super) fn show_outside(e: &Ref) -> bool {
+fn show_outside(e: &Ref) -> bool {
     e.set.set_nested();
     show_all(e.entry())
+}
+
+/// A poll or select has the set in its list: [`show_outside`].
+pub(super) fn show_to_poll(e: &Ref) -> bool {
+    each_inside(e.entry(), DEEPEST, &mut |inner| inner.set.note_wait());
+    show_outside(e)
+}
+
+/// What the engine asks before a connection goes to the ring.
+fn sets_of(sock: &Socket) -> Sets {
+    // SAFETY: connections of the shim are all in entries, and it makes no streams of `smc::net`.
+    unsafe { Entry::of(sock) }.members.sets()
+}
+
+/// Called once, before the first connection.
+pub fn start() {
+    engine::conn::on_sets(sets_of);
 }
 
 fn show_all(e: &'static Entry) -> bool {
@@ -734,6 +753,7 @@ fn show(e: &'static Entry) {
 fn show_inner(e: &Ref) -> bool {
     let mut any = false;
     each_inside(e.entry(), DEEPEST, &mut |inner| {
+        inner.set.note_wait();
         if inner.id() != e.id() && inner.set.is_watching() {
             any = true;
             show(inner);

@@ -34,6 +34,7 @@ extern "C" fn start() {
     engine::report::program();
     super::sleep::start();
     super::signals::start();
+    super::epoll::start();
     crate::probes::start();
     crate::real::start();
     crate::deep::start();

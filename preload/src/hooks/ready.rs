@@ -18,7 +18,7 @@
 //! Doorbells are entered in the order of their connections' addresses and each once, so that two threads
 //! that wait for the same ones do not wait for each other.
 //!
-//! An epoll fd in the list is the kernel's to judge; its hot members are armed first (`epoll::show_outside`).
+//! An epoll fd in the list is the kernel's to judge; its hot members are armed first (`epoll::show_to_poll`).
 
 mod select;
 
@@ -228,13 +228,14 @@ impl Watches {
             match fd_table::lookup(p.fd) {
                 None => self.others += 1,
                 Some(e) if e.is_stream() => {
+                    e.sock.note_wait();
                     e.sock.meet(p.fd);
                     e.sock.obey(p.fd);
                     self.push(Watch { e, fd: p.fd, at, way: Way::Kernel, bell: None, armed: 0 })
                 }
                 Some(e) => {
                     self.others += 1;
-                    self.sets += usize::from(epoll::show_outside(&e));
+                    self.sets += usize::from(epoll::show_to_poll(&e));
                 }
             }
         }

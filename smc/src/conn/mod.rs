@@ -96,6 +96,29 @@ pub fn on_upgrade(f: fn()) {
     let _ = UPGRADE.set(f);
 }
 
+/// What is known of the sets of epoll that a connection is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sets {
+    /// It is in none that we know.
+    None,
+    /// The program has waited for one of them in a call that we have seen.
+    WaitedFor,
+    /// It has not, so far.
+    Unattended,
+}
+
+/// Who knows the sets of a connection.
+static SETS: Once<fn(&Socket) -> Sets> = Once::new();
+
+/// Names the function that knows a connection's sets of epoll. It must not wait for a lock. The first call counts.
+pub fn on_sets(f: fn(&Socket) -> Sets) {
+    let _ = SETS.set(f);
+}
+
+/// So many calls in a row that find nothing to read come from a program that looks again and again. One that waits by
+/// instructions of its own finds something at nearly every call after its wait.
+const DRY: u32 = 32;
+
 /// Calls from the `n`th look to the next.
 fn spacing(n: u32) -> u32 {
     if n <= EAGER_TRIES {
@@ -179,6 +202,10 @@ pub struct Socket {
     token: AtomicU32,
     seat: AtomicU32,
     /// Looks for other holders since this process was alone.
+    /// The program has been seen waiting for this connection, or needs no wait: see [`Socket::is_waited_unseen`].
+    waited: AtomicU32,
+    /// Reads of TCP in a row that have found nothing.
+    dry: AtomicU32,
     looks: AtomicU32,
     /// Slot counters when this process came to the slot (fork), not its own traffic.
     base: [AtomicU64; 4],
@@ -291,6 +318,8 @@ impl Socket {
             fork: AtomicU32::new(0),
             token: AtomicU32::new(0),
             seat: AtomicU32::new(0),
+            waited: AtomicU32::new(0),
+            dry: AtomicU32::new(0),
             looks: AtomicU32::new(0),
             base: [const { AtomicU64::new(0) }; 4],
         }
@@ -317,6 +346,9 @@ impl Socket {
             w.store(0, Relaxed);
         }
         for w in [&self.closed, &self.parked, &self.handed, &self.idle, &self.fork, &self.looks] {
+            w.store(0, Relaxed);
+        }
+        for w in [&self.waited, &self.dry] {
             w.store(0, Relaxed);
         }
         for w in &self.base {
@@ -493,6 +525,11 @@ impl Socket {
             return false;
         }
         if self.phase.load(Relaxed) == phase::COUNTING {
+            if self.is_waited_unseen(fd, s) {
+                s.reason.store(Reason::CountMismatch.code(), Relaxed);
+                self.next_try.store(ops.saturating_add(1), Relaxed);
+                return false;
+            }
             if crate::internal_fds::is_tight() {
                 s.reason.store(Reason::NoFds.code(), Relaxed);
                 self.tries.fetch_max(1, Relaxed);
@@ -549,6 +586,52 @@ impl Socket {
                 true
             }
         }
+    }
+
+    /// A wait for this connection by a call that we see.
+    #[inline]
+    pub fn note_wait(&self) {
+        // Relaxed, as all of `waited` and `dry`: they say how the program goes about it, and order nothing.
+        if self.waited.load(Relaxed) == 0 {
+            self.waited.store(1, Relaxed);
+        }
+    }
+
+    /// A read of TCP has returned `r`.
+    #[inline]
+    fn note_dry(&self, r: isize) {
+        let dry = self.dry.load(Relaxed);
+        if r == -(libc::EAGAIN as isize) {
+            self.dry.store(dry.saturating_add(1), Relaxed);
+        } else if dry != 0 && dry < DRY {
+            self.dry.store(0, Relaxed);
+        }
+    }
+
+    /// Whether the program may wait for this connection by instructions of its own, as Bun does in epoll_pwait2 and
+    /// programs that use Rust's crate `rustix` in all calls: it would sleep on TCP while the bytes lie in the ring, and
+    /// no count tells, since a wait moves nothing. So it must be seen to need none, or to wait by calls that we see: its
+    /// set has been waited for, it has stood in a list of poll or select, its calls block, or it looks again and again.
+    /// Nearly every program has been seen so before its connection is worth an upgrade; for the others this is asked at
+    /// each call from then on, and makes a system call only while it is not known to be non-blocking.
+    #[cold]
+    fn is_waited_unseen(&self, fd: i32, s: &Slot) -> bool {
+        if self.waited.load(Relaxed) != 0 || self.dry.load(Relaxed) >= DRY {
+            return false;
+        }
+        match SETS.get().map_or(Sets::WaitedFor, |f| f(self)) {
+            Sets::WaitedFor => self.note_wait(),
+            Sets::Unattended => return true,
+            Sets::None => {
+                // FIONBIO may have been set by an instruction as well.
+                if s.nonblock.load(Relaxed) == 0 {
+                    let fl = sys::getfl(fd);
+                    s.nonblock.store((fl >= 0 && fl as i32 & libc::O_NONBLOCK != 0).into(), Relaxed);
+                }
+                return s.nonblock.load(Relaxed) != 0;
+            }
+        }
+        false
     }
 
     /// A sender of bulk gives the handshake time. The kernel would take megabytes meanwhile, and all of them

@@ -175,7 +175,10 @@ impl Socket {
                     return e;
                 }
                 rx_mode::TCP if done == 0 => match self.recv_tcp(fd, s, flags, v.total, kernel) {
-                    Some(r) => return self.hear(fd, s, r, v.iov),
+                    Some(r) => {
+                        self.note_dry(r);
+                        return self.hear(fd, s, r, v.iov);
+                    }
                     None => continue,
                 },
                 rx_mode::READY | rx_mode::GATE => match self.recv_ready(fd, s, &v, done, flags, nonblock) {

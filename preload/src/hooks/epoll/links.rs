@@ -16,7 +16,7 @@
 
 use super::set::{BELL, ET, EXCLUSIVE, Inner, Locked, Member, ONESHOT, OUT, Set, data_of, nobody, ours};
 use crate::fd_table::{self, Entry, Kind, Ref};
-use engine::conn::Socket;
+use engine::conn::{Sets, Socket};
 use engine::lock;
 use engine::reason::Reason;
 use engine::sys;
@@ -143,6 +143,16 @@ impl Members {
     /// The doorbell is being emptied.
     pub(super) fn emptied(&self) {
         self.rings.store(0, Relaxed);
+    }
+
+    /// What is known of waits for the sets. Waits for no lock: its caller has one, under which nothing may be waited for.
+    pub(super) fn sets(&self) -> Sets {
+        if self.count.load(Acquire) == 0 {
+            return Sets::None;
+        }
+        let Some(guard) = lock::try_lock(&self.lock) else { return Sets::Unattended };
+        let links = Links { of: self, _guard: guard };
+        if links.iter().any(|l| l.set.set.is_waited_for()) { Sets::WaitedFor } else { Sets::Unattended }
     }
 
     /// Whether no other set relies on the connection's doorbell.

@@ -335,6 +335,8 @@ pub struct Set {
     nested: AtomicU32,
     /// Other sets are in this one.
     has_inner: AtomicU32,
+    /// The program has waited for it by a call that we see.
+    waited: AtomicU32,
     /// The process that forked us, which may use it as well; 0: it is our own.
     parent: AtomicI32,
     pub(super) habit: super::super::spin::Habit,
@@ -405,6 +407,7 @@ impl Set {
             asleep: AtomicU32::new(0),
             nested: AtomicU32::new(0),
             has_inner: AtomicU32::new(0),
+            waited: AtomicU32::new(0),
             parent: AtomicI32::new(0),
             habit: super::super::spin::Habit::new(),
             inner: UnsafeCell::new(Inner {
@@ -431,7 +434,7 @@ impl Set {
     /// It is the epoll fd `fd` from now on.
     pub fn init(&self, fd: i32) {
         self.fd.store(fd, Relaxed);
-        for w in [&self.watching, &self.asleep, &self.nested, &self.has_inner] {
+        for w in [&self.watching, &self.asleep, &self.nested, &self.has_inner, &self.waited] {
             w.store(0, Relaxed);
         }
         self.parent.store(0, Relaxed);
@@ -483,6 +486,20 @@ impl Set {
         if self.fd.load(Relaxed) != fd {
             self.fd.store(fd, Relaxed);
         }
+    }
+
+    /// A wait for it, or for what it is in, by a call that we see.
+    #[inline]
+    pub(super) fn note_wait(&self) {
+        // Relaxed: it says how the program goes about it, and orders nothing.
+        if self.waited.load(Relaxed) == 0 {
+            self.waited.store(1, Relaxed);
+        }
+    }
+
+    /// Whether there was one: instructions of the program's own may make all its waits.
+    pub(super) fn is_waited_for(&self) -> bool {
+        self.waited.load(Relaxed) != 0
     }
 
     /// The epoll fd, if it is still that of the set's entry.
