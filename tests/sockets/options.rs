@@ -3,7 +3,7 @@
 use crate::{
     Scenario, log, s,
     sys::{self, show},
-    world::World,
+    world::{Conn, World},
 };
 use libc::{IPPROTO_TCP, SOL_SOCKET};
 use std::time::Duration;
@@ -36,6 +36,7 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(peek_offset),
     s!(zerocopy_receive),
     s!(repair_mode),
+    s!(paced).slow(),
     s!(options_with_bytes_waiting),
 ];
 
@@ -432,6 +433,28 @@ fn zerocopy_receive(w: &World) {
         log!("{} {}", ask(), c.get(100));
     }
     w.still_good(&mut c);
+}
+
+/// SO_MAX_PACING_RATE bounds what goes in a second: set in mid-stream, set from the start, and taken back.
+fn paced(w: &World) {
+    let put = |c: &mut Conn| {
+        w.start_far(c, "get 1000000");
+        let (r, slow) = sys::took_at_least(300, || format!("{} {}", c.put(1_000_000), w.finish()));
+        log!("{r}, slow {slow}");
+    };
+    let pace = |c: &Conn, rate| {
+        log!("{}", show(sys::setsockopt(c.fd, SOL_SOCKET, libc::SO_MAX_PACING_RATE, rate)));
+    };
+    let mut c = w.pair();
+    pace(&c, -1);
+    pace(&c, 1_000_000);
+    put(&mut c);
+    pace(&c, -1);
+    w.still_good(&mut c);
+    let mut c = w.cold_on("4");
+    pace(&c, 1_000_000);
+    w.warm(&mut c, 200);
+    put(&mut c);
 }
 
 fn repair_mode(w: &World) {

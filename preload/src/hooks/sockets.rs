@@ -187,12 +187,29 @@ fn needs_tcp(level: c_int, name: c_int) -> Option<Reason> {
     match (level, name) {
         (
             libc::SOL_SOCKET,
-            libc::SO_ATTACH_FILTER | libc::SO_ATTACH_BPF | libc::SO_TIMESTAMPING | libc::SO_PEEK_OFF,
+            libc::SO_ATTACH_FILTER
+            | libc::SO_ATTACH_BPF
+            | libc::SO_TIMESTAMPING
+            | libc::SO_PEEK_OFF
+            | libc::SO_MAX_PACING_RATE,
         ) => Some(Reason::SocketOption),
         (libc::IPPROTO_TCP, TCP_ULP) => Some(Reason::Ulp),
         (libc::IPPROTO_TCP, TCP_REPAIR) => Some(Reason::SocketOption),
         _ => None,
     }
+}
+
+/// Whether a value of SO_MAX_PACING_RATE bounds what may be sent in a second.
+///
+/// # Safety
+/// `val` is what the program passed as the address of `len` bytes.
+unsafe fn is_pace(val: *const c_void, len: socklen_t) -> bool {
+    if len < 4 {
+        return false;
+    }
+    // SAFETY: as the caller vouches; the first half of eight bytes says as much of a value that is all ones.
+    unsafe { crate::hook::given(val.cast::<[u8; 4]>()) }
+        .is_some_and(|v| i32::from_ne_bytes(*v) != engine::conn::UNPACED)
 }
 
 hook! {
@@ -201,6 +218,8 @@ hook! {
         let e = fd_table::stream(fd);
         if let Some(e) = &e
             && let Some(why) = needs_tcp(level, name)
+            // SAFETY: the program's own argument.
+            && (name != libc::SO_MAX_PACING_RATE || unsafe { is_pace(val, len) })
         {
             back_to_tcp(e, fd, why);
         }
