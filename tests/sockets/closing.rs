@@ -3,10 +3,13 @@
 use crate::{
     Scenario, log, s,
     sys::{self, show},
-    world::{Conn, World, later, settle},
+    world::{Conn, World, block, later, settle},
 };
 use libc::{POLLERR, POLLHUP, POLLIN, POLLOUT, POLLRDHUP};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::{
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
 
 /// The table of this file.
 pub const SCENARIOS: &[Scenario] = &[
@@ -63,6 +66,8 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(peer_dies_while_we_write).procs(),
     s!(many_open_and_close).slow(),
     s!(connection_after_connection).slow(),
+    s!(send_times_out_at_a_peer_that_has_shut),
+    s!(send_sleeps_at_a_peer_that_has_shut),
 ];
 
 const ALL: i16 = POLLIN | POLLOUT | POLLRDHUP;
@@ -852,4 +857,60 @@ fn connection_after_connection(w: &World) {
         log!("{}", show(sys::close(d.fd)));
         w.far(&d, "close");
     }
+}
+
+/// How long this thread has run.
+fn thread_time() -> Duration {
+    let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: a time to be written.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut t) };
+    Duration::new(t.tv_sec as u64, t.tv_nsec as u32)
+}
+
+/// A connection whose peer has shut its direction, and will read.
+fn half_shut(w: &World) -> Conn {
+    let mut c = w.pair();
+    w.far(&c, "shutdown 1");
+    log!("{}", c.drain());
+    c
+}
+
+/// The peer's FIN is here, and it does not read for now: a send that waits ends with its time.
+fn send_times_out_at_a_peer_that_has_shut(w: &World) {
+    let mut c = half_shut(w);
+    log!("{}", show(sys::set_timeout(c.fd, libc::SO_SNDTIMEO, Duration::from_millis(300))));
+    let before = c.tx;
+    loop {
+        match sys::send(c.fd, &block(c.tx, 8 << 20), libc::MSG_NOSIGNAL) {
+            Ok(n) => c.tx += n as u64,
+            Err(e) => {
+                log!("{}", sys::errno_name(e));
+                break;
+            }
+        }
+    }
+    let sent = c.tx - before;
+    log!("all {}", w.far(&c, &format!("get {sent}")) == format!("got {sent}"));
+    w.start_far(&c, "get 3000");
+    log!("{} {}", c.put(3000), w.finish());
+}
+
+/// One that has moved a part sleeps until the peer reads the rest.
+fn send_sleeps_at_a_peer_that_has_shut(w: &World) {
+    const MUCH: usize = 16 << 20;
+    let mut c = half_shut(w);
+    let b = c.next(MUCH);
+    w.start("sleep 3000");
+    let far = c.far;
+    let (r, much) = std::thread::scope(|s| {
+        let sender = s.spawn(|| {
+            let before = thread_time();
+            let r = sys::send(c.fd, &b, libc::MSG_NOSIGNAL);
+            (r, thread_time() - before > Duration::from_millis(250))
+        });
+        log!("{}", w.finish());
+        log!("{}", w.ask(&format!("get {far} {MUCH}")));
+        sender.join().expect("the sender")
+    });
+    log!("{} busy {much}", r == Ok(MUCH as i64));
 }

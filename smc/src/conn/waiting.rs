@@ -77,6 +77,9 @@ pub(super) fn high_water(size: u64) -> u64 {
     size - low_water(size)
 }
 
+/// POLLMSG, of which TCP never says anything (tcp_poll): a list that has it waits for errors, and no more.
+const NEVER: i16 = 0x400;
+
 /// A sleep on the doorbell.
 #[derive(Clone, Copy, Debug)]
 pub struct Nap {
@@ -258,7 +261,10 @@ impl Socket {
         let events = match what {
             What::Tcp => libc::POLLIN | libc::POLLRDHUP | flush,
             // A signal ends a call that has moved bytes, also one that restarts calls: not by recv(2) then.
-            _ if flush != 0 || left.is_some() || partial => libc::POLLRDHUP | flush,
+            // Who waits for room hears of the peer by the doorbell alone, here as in recv(2): the FIN of one that has shut its
+            // direction and reads on is there all the time, and would end each sleep at once, before its time is over.
+            What::Tx if flush != 0 || left.is_some() || partial => NEVER | flush,
+            What::Rx(_) if flush != 0 || left.is_some() || partial => libc::POLLRDHUP | flush,
             _ => 0,
         };
         let nap = Nap { bell: m.bell, fd, events, left };
@@ -305,7 +311,14 @@ impl Socket {
             }
             EINTR => Woke::Err(EINTR),
             EAGAIN if deadline.is_some() => Woke::Err(EAGAIN),
-            _ => Woke::Look,
+            n => {
+                // TCP was reset beneath two ends that live, by the administrator say (ss -K): that ends each sleep from
+                // now on, so it is to be told.
+                if n > 0 && nap.polls() && what != What::Tcp && !self.ready(s, m, what) {
+                    self.kernel_tells(fd);
+                }
+                Woke::Look
+            }
         }
     }
 
