@@ -21,6 +21,7 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(both_ends_in_one_thread_blocking),
     s!(refused).plain(),
     s!(nonblocking_connect),
+    s!(connected_by_a_second_call),
     s!(nonblocking_connect_refused).plain(),
     s!(connect_again),
     s!(unconnected_calls).plain(),
@@ -206,6 +207,31 @@ fn nonblocking_connect(w: &World) {
     }
     log!("{}", sys::show_epoll(sys::epoll_wait(ep, 8, 0)));
     let _ = w;
+}
+
+/// A second connect says that the first is done. The set in which the socket has been since before goes on telling of it.
+fn connected_by_a_second_call(_: &World) {
+    let (l, port) = listener(&address("4", 0), 5);
+    let fd = sys::socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK).expect("socket") as i32;
+    let set = sys::epoll_create();
+    log!("{}", show(sys::connect(fd, &address("4", port))));
+    sys::epoll_add(set, fd, libc::EPOLLIN | libc::EPOLLOUT, 1);
+    settle(fd, POLLOUT);
+    log!("again {}", show(sys::connect(fd, &address("4", port))));
+    log!("{}", show(sys::epoll_ctl(set, libc::EPOLL_CTL_MOD, fd, libc::EPOLLIN as u32, 1)));
+    let b = sys::accept(l, None).expect("accept") as i32;
+    let (mut a, mut b) = (End::new(fd), End::new(b));
+    for i in 0..300 {
+        let moved = [a.put(10), b.get(10), b.put(10)];
+        let told = sys::show_epoll(sys::epoll_wait(set, 8, 2000));
+        let got = a.get(10);
+        if i % 100 == 0 || told == sys::show_epoll(Ok(vec![])) {
+            log!("{i} {moved:?} {told} {got}");
+        }
+        if told == sys::show_epoll(Ok(vec![])) {
+            break;
+        }
+    }
 }
 
 fn nonblocking_connect_refused(_: &World) {

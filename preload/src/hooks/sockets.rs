@@ -86,7 +86,16 @@ hook! {
             }
         } else if matches!(family, libc::AF_INET | libc::AF_INET6) {
             let e = errno();
-            connected(fd);
+            // A program may hear of the end of a connect by a second one, which says 0 once, or try again with a socket
+            // that was refused: it is known by then, and may be in sets of epoll.
+            if !fd_table::stream(fd).is_some_and(|s| s.sock.take_connecting()) {
+                connected(fd);
+            }
+            if r != 0
+                && let Some(s) = fd_table::stream(fd)
+            {
+                s.sock.set_connecting();
+            }
             crate::hook::set_errno(e);
         }
         r

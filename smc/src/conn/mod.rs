@@ -206,6 +206,8 @@ pub struct Socket {
     waited: AtomicU32,
     /// Reads of TCP in a row that have found nothing.
     dry: AtomicU32,
+    /// The connect that has begun it is under way, as far as the program has heard.
+    connecting: AtomicU32,
     looks: AtomicU32,
     /// Slot counters when this process came to the slot (fork), not its own traffic.
     base: [AtomicU64; 4],
@@ -320,6 +322,7 @@ impl Socket {
             seat: AtomicU32::new(0),
             waited: AtomicU32::new(0),
             dry: AtomicU32::new(0),
+            connecting: AtomicU32::new(0),
             looks: AtomicU32::new(0),
             base: [const { AtomicU64::new(0) }; 4],
         }
@@ -348,7 +351,7 @@ impl Socket {
         for w in [&self.closed, &self.parked, &self.handed, &self.idle, &self.fork, &self.looks] {
             w.store(0, Relaxed);
         }
-        for w in [&self.waited, &self.dry] {
+        for w in [&self.waited, &self.dry, &self.connecting] {
             w.store(0, Relaxed);
         }
         for w in &self.base {
@@ -586,6 +589,16 @@ impl Socket {
                 true
             }
         }
+    }
+
+    /// connect(2) goes on behind the call.
+    pub fn set_connecting(&self) {
+        self.connecting.store(1, Relaxed);
+    }
+
+    /// connect(2) was called: whether one was under way for this very socket, which is no new one then.
+    pub fn take_connecting(&self) -> bool {
+        self.connecting.swap(0, Relaxed) != 0
     }
 
     /// A wait for this connection by a call that we see.
