@@ -201,13 +201,13 @@ pub struct Socket {
     /// This process among the holders: its token, 0 if it has no seat, and where its calls are counted.
     token: AtomicU32,
     seat: AtomicU32,
-    /// Looks for other holders since this process was alone.
     /// The program has been seen waiting for this connection, or needs no wait: see [`Socket::is_waited_unseen`].
     waited: AtomicU32,
     /// Reads of TCP in a row that have found nothing.
     dry: AtomicU32,
     /// The connect that has begun it is under way, as far as the program has heard.
     connecting: AtomicU32,
+    /// Looks for other holders since this process was alone.
     looks: AtomicU32,
     /// Slot counters when this process came to the slot (fork), not its own traffic.
     base: [AtomicU64; 4],
