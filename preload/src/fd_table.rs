@@ -18,6 +18,7 @@
 //! that has one of the connection.
 
 use crate::hooks::epoll::{Members, Set};
+use crate::hooks::uring::Ring;
 use engine::conn::Socket;
 use engine::report::Sums;
 use engine::section::{self, Section};
@@ -47,6 +48,8 @@ pub enum Kind {
     Stream = 1,
     /// An epoll set.
     Epoll = 2,
+    /// A ring of io_uring.
+    Ring = 3,
 }
 
 /// An open file description of ours.
@@ -67,13 +70,21 @@ pub struct Entry {
     pub members: Members,
     /// The epoll set.
     pub set: Set,
+    /// The ring of io_uring.
+    pub ring: Ring,
 }
 
 impl Entry {
-    /// Whether it is a connection (else it is an epoll set).
+    /// Whether it is a connection.
     #[inline]
     pub fn is_stream(&self) -> bool {
         self.kind.load(Relaxed) == Kind::Stream as u32
+    }
+
+    /// Whether it is an epoll set.
+    #[inline]
+    pub fn is_set(&self) -> bool {
+        self.kind.load(Relaxed) == Kind::Epoll as u32
     }
 
     /// `word` is closed with the connection, or with the process. One that there is already goes first: its relay shares
@@ -130,6 +141,7 @@ impl Entry {
             sock: Socket::new(),
             members: Members::new(),
             set: Set::new(),
+            ring: Ring::new(),
         }
     }
 }
@@ -245,7 +257,13 @@ pub fn stream(fd: i32) -> Option<Ref> {
 /// The entry of `fd`, if it is an epoll set.
 #[inline]
 pub fn epoll(fd: i32) -> Option<Ref> {
-    lookup(fd).filter(|e| e.kind.load(Relaxed) == Kind::Epoll as u32)
+    lookup(fd).filter(|e| e.is_set())
+}
+
+/// The entry of `fd`, if it is a ring of io_uring.
+#[inline]
+pub fn ring(fd: i32) -> Option<Ref> {
+    lookup(fd).filter(|e| e.kind.load(Relaxed) == Kind::Ring as u32)
 }
 
 #[inline(always)]
@@ -385,6 +403,7 @@ fn retire(e: &'static Entry) {
             drop(heir(e.heir.swap(0, Relaxed)));
         }
         2 => e.set.clear(),
+        3 => e.ring.clear(),
         _ => {}
     }
     // A signal handler that interrupted the pool loses the entry; rather that than a dead-lock.
@@ -422,6 +441,17 @@ pub fn add_epoll(fd: i32) {
         r.set.init(fd);
         install(fd, &r);
     }
+}
+
+/// `fd` is a new ring of io_uring, which `map` maps. False: it is not followed.
+pub fn add_ring(fd: i32, map: impl FnOnce(&Ring) -> bool) -> bool {
+    if fd < 0 || fd as usize >= MAX_FD {
+        return false;
+    }
+    forget(fd);
+    let Some(r) = fresh(Kind::Ring).filter(|r| map(&r.ring)) else { return false };
+    install(fd, &r);
+    true
 }
 
 /// `fd` names `r` from now on.
@@ -764,6 +794,7 @@ pub fn after_fork_child(token: u32, parent: i32) {
         }
     });
     each(Kind::Epoll, |r| r.set.after_fork_child(parent));
+    each(Kind::Ring, |r| r.ring.after_fork_child());
 }
 
 /// In a process that was forked for the connection `r` alone, which it has as `fd`: all else is forgotten, and no books

@@ -681,6 +681,32 @@ fn populated(r: isize) -> Option<bool> {
 const MADV_POPULATE_READ: usize = 22;
 const MADV_POPULATE_WRITE: usize = 23;
 
+/// A mapping, shared and to be written, of `len` bytes at `offset` of what `fd` is.
+pub fn map_shared(fd: i32, len: usize, offset: usize) -> Option<usize> {
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a new mapping at an address the kernel chooses.
+    let r = unsafe {
+        syscall6(libc::SYS_mmap, 0, len, prot as usize, libc::MAP_SHARED as usize, fd as usize, offset)
+    };
+    crate::rawsys::check(r).ok()
+}
+
+/// Takes a mapping away.
+///
+/// # Safety
+/// It is a mapping of the caller's of that length, and nobody uses it any more.
+pub unsafe fn unmap(at: usize, len: usize) {
+    // SAFETY: as the caller vouches.
+    unsafe { syscall6(libc::SYS_munmap, at, len, 0, 0, 0, 0) };
+}
+
+/// An epoll set of our own numbers.
+pub fn epoll_create() -> Result<crate::fd::Fd, i32> {
+    // SAFETY: no pointers.
+    let r = unsafe { syscall6(libc::SYS_epoll_create1, libc::EPOLL_CLOEXEC as usize, 0, 0, 0, 0, 0) };
+    crate::fd::Fd::from_raw(crate::rawsys::check(r)? as i32).raise(fd_base())
+}
+
 /// epoll_ctl(2).
 pub fn epoll_ctl(epfd: i32, op: i32, fd: i32, events: u32, data: u64) -> isize {
     let mut ev = libc::epoll_event { events, u64: data };

@@ -2,7 +2,9 @@
 //! io_uring, POSIX AIO, filters, upper-layer protocols, signals instead of waiting.
 
 use crate::{
-    Scenario, log, s,
+    Scenario, log,
+    rings::Uring,
+    s,
     sys::{self, Addr, Res, show},
     world::{Conn, World, block},
 };
@@ -58,7 +60,7 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(addresses_beyond_memory),
 ];
 
-fn number(nr: c_long, a: [usize; 6]) -> Res {
+pub fn number(nr: c_long, a: [usize; 6]) -> Res {
     // SAFETY: callers pass what the call of that number takes.
     let r = unsafe { libc::syscall(nr, a[0], a[1], a[2], a[3], a[4], a[5]) };
     if r < 0 { Err(sys::errno()) } else { Ok(r) }
@@ -661,59 +663,6 @@ fn stdio_with_bytes_waiting_beside_threads(w: &World) {
     for c in &all {
         log!("{}", show(sys::send(c.fd, b"back\n", libc::MSG_NOSIGNAL)));
         log!("far {}", w.far(c, "hear"));
-    }
-}
-
-/// A ring of io_uring made by its system calls alone: one operation at a time.
-struct Uring {
-    fd: i32,
-    sq: *mut u8,
-    cq: *mut u8,
-    sqes: *mut u8,
-    p: [u32; 30],
-}
-
-impl Uring {
-    fn new() -> Result<Uring, i32> {
-        // struct io_uring_params: 10 words, then the offsets of the two rings, 10 words each.
-        let mut p = [0u32; 30];
-        let fd = number(libc::SYS_io_uring_setup, [4, p.as_mut_ptr() as usize, 0, 0, 0, 0])? as i32;
-        let map = |len: u32, at: i64| {
-            let prot = libc::PROT_READ | libc::PROT_WRITE;
-            // SAFETY: a fresh mapping of what the kernel has made for this.
-            unsafe { libc::mmap(std::ptr::null_mut(), len as usize, prot, libc::MAP_SHARED, fd, at) }.cast()
-        };
-        let (sq, cq) = (map(p[16] + p[0] * 4, 0), map(p[25] + p[1] * 16, 0x800_0000));
-        Ok(Uring { fd, sq, cq, sqes: map(p[0] * 64, 0x1000_0000), p })
-    }
-
-    fn word(&self, base: *mut u8, at: u32) -> &AtomicU32 {
-        // SAFETY: an offset that the kernel gave, inside the mapping, of an aligned word.
-        unsafe { &*base.add(at as usize).cast::<AtomicU32>() }
-    }
-
-    fn run(&self, opcode: u8, fd: i32, b: &mut [u8]) -> Res {
-        let mut sqe = [0u8; 64];
-        sqe[0] = opcode;
-        sqe[4..8].copy_from_slice(&fd.to_ne_bytes());
-        sqe[16..24].copy_from_slice(&(b.as_mut_ptr() as u64).to_ne_bytes());
-        sqe[24..28].copy_from_slice(&(b.len() as u32).to_ne_bytes());
-        // SAFETY: the first of the entries.
-        unsafe { self.sqes.copy_from(sqe.as_ptr(), 64) };
-        let tail = self.word(self.sq, self.p[11]);
-        let (t, mask) =
-            (tail.load(Ordering::Acquire), self.word(self.sq, self.p[12]).load(Ordering::Relaxed));
-        self.word(self.sq, self.p[16] + (t & mask) * 4).store(0, Ordering::Relaxed);
-        // Pairs with the kernel's acquiring load: the entry and its index come first.
-        tail.store(t + 1, Ordering::Release);
-        number(libc::SYS_io_uring_enter, [self.fd as usize, 1, 1, 1, 0, 0])?;
-        let head = self.word(self.cq, self.p[20]);
-        let (h, mask) =
-            (head.load(Ordering::Acquire), self.word(self.cq, self.p[22]).load(Ordering::Relaxed));
-        // struct io_uring_cqe: data (8 bytes), res, flags.
-        let res = self.word(self.cq, self.p[25] + (h & mask) * 16 + 8).load(Ordering::Acquire) as i32;
-        head.store(h + 1, Ordering::Release);
-        if res < 0 { Err(-res) } else { Ok(i64::from(res)) }
     }
 }
 

@@ -27,6 +27,7 @@ mod names;
 mod options;
 mod process;
 mod ready;
+mod rings;
 mod sets;
 mod signals;
 mod sys;
@@ -55,11 +56,22 @@ pub struct Scenario {
     unforced: bool,
     /// Takes long: a longer watchdog.
     slow: bool,
+    /// Does nothing for which a connection would have to leave the ring.
+    stays: bool,
 }
 
 impl Scenario {
     const fn new(name: &'static str, run: fn(&World)) -> Self {
-        Scenario { name, run, procs: false, plain: false, not_tiny: false, unforced: false, slow: false }
+        Scenario {
+            name,
+            run,
+            procs: false,
+            plain: false,
+            not_tiny: false,
+            unforced: false,
+            slow: false,
+            stays: false,
+        }
     }
     const fn procs(mut self) -> Self {
         self.procs = true;
@@ -79,6 +91,10 @@ impl Scenario {
     }
     const fn slow(mut self) -> Self {
         self.slow = true;
+        self
+    }
+    const fn stays(mut self) -> Self {
+        self.stays = true;
         self
     }
 }
@@ -104,6 +120,7 @@ const FILES: &[(&str, &[Scenario])] = &[
     ("threads", threads::SCENARIOS),
     ("limits", limits::SCENARIOS),
     ("sets", sets::SCENARIOS),
+    ("rings", rings::SCENARIOS),
     ("names", names::SCENARIOS),
     ("signals", signals::SCENARIOS),
 ];
@@ -269,6 +286,8 @@ fn check(s: &Scenario) -> Result<(), Failed> {
                         problems.push(format!("{at}: {}", difference(want, &got)));
                     } else if mode.is_some() && !s.plain && stats.shm == 0 && m.name != "forced" {
                         problems.push(format!("{at}: nothing was upgraded: {stats:?}"));
+                    } else if mode.is_some() && s.stays && stats.fallback.contains_key("async-io") {
+                        problems.push(format!("{at}: a connection has left the ring: {stats:?}"));
                     }
                 }
             }

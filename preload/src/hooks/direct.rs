@@ -1,12 +1,13 @@
 //! syscall(2), and what a program says before it locks itself in.
 //!
 //! libuv closes fds with `syscall(SYS_close, …)`, others read or poll that way. For the calls that we hook
-//! by name, the number leads to the same hook. A ring of io_uring or a context of Linux AIO moves bytes
-//! where nobody can follow, so every connection of the process goes back to TCP first; so it does before a
-//! seccomp filter is set, which might kill the process for a system call of ours.
+//! by name, the number leads to the same hook. A context of Linux AIO moves bytes where nobody can follow, and so
+//! does a ring of io_uring with which a program does more than `uring.rs` knows of: every connection of the process
+//! goes back to TCP first. So it does before a seccomp filter is set, which might kill the process for a system call
+//! of ours.
 
 use super::data::hook;
-use super::{data, epoll, fdops, process, ready, sockets};
+use super::{data, epoll, fdops, process, ready, sockets, uring};
 use crate::fd_table;
 use crate::real::real;
 use engine::reason::Reason;
@@ -183,12 +184,18 @@ hook! {
                 libc::SYS_clone if a & libc::CLONE_VM as usize == 0 => process::forking(kernel),
                 libc::SYS_clone3 if engine::sys::readable(a) && *(a as *const u64) & libc::CLONE_VM as u64 == 0 => process::forking(kernel),
                 libc::SYS_execveat => process::execveat(fd, b as *const _, c as *const _, d as *const _, e as c_int).into(),
+                libc::SYS_io_uring_setup => uring::setup(b as *mut _, |b| real!(syscall(nr => c_long, a => usize, b => usize, c => usize, d => usize, e => usize, f => usize) -> c_long)),
+                libc::SYS_io_uring_enter => uring::enter(fd, uring::Enter { submit: b as u32, min: c as u32, flags: d as u32 }, |n| real!(syscall(nr => c_long, a => usize, n.submit as usize => usize, n.min as usize => usize, n.flags as usize => usize, e => usize, f => usize) -> c_long)),
+                libc::SYS_io_uring_register => {
+                    uring::register(fd, b as u32);
+                    kernel()
+                }
                 libc::SYS_execve => process::execve(a as *const _, b as *const _, c as *const _).into(),
                 _ => {
                     match nr {
                         // Other operations, and a filter that is not there, only ask.
                         libc::SYS_seccomp if is_filter(a, c) => return enter_sandbox(kernel),
-                        libc::SYS_io_uring_setup | libc::SYS_io_setup => go_quiet(Reason::AsyncIo),
+                        libc::SYS_io_setup => go_quiet(Reason::AsyncIo),
                         _ => {}
                     }
                     kernel()

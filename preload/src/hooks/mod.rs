@@ -15,4 +15,5 @@ pub mod signals;
 pub mod sleep;
 pub mod sockets;
 mod spin;
+pub mod uring;
 mod variadic;

@@ -227,16 +227,17 @@ impl Watches {
             }
             match fd_table::lookup(p.fd) {
                 None => self.others += 1,
+                Some(e) if e.is_set() => {
+                    self.others += 1;
+                    self.sets += usize::from(epoll::show_to_poll(&e));
+                }
                 Some(e) if e.is_stream() => {
                     e.sock.note_wait();
                     e.sock.meet(p.fd);
                     e.sock.obey(p.fd);
                     self.push(Watch { e, fd: p.fd, at, way: Way::Kernel, bell: None, armed: 0 })
                 }
-                Some(e) => {
-                    self.others += 1;
-                    self.sets += usize::from(epoll::show_to_poll(&e));
-                }
+                Some(_) => self.others += 1,
             }
         }
         if self.sets > 0 {
