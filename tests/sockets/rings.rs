@@ -35,6 +35,7 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(before_the_connection_is).stays(),
     s!(beside_one_that_a_thread_reads).stays(),
     s!(read_by_a_thread_then_it_moves_bytes),
+    s!(read_by_a_thread_that_is_awake).plain(),
     s!(with_flags_that_nobody_knows).plain(),
     s!(then_it_moves_bytes),
     s!(then_it_polls),
@@ -96,13 +97,13 @@ impl Uring {
     }
 
     fn with(entries: usize) -> Result<Uring, i32> {
-        Self::made(entries, 0)
+        Self::made(entries, 0, 0)
     }
 
-    fn made(entries: usize, flags: u32) -> Result<Uring, i32> {
+    fn made(entries: usize, flags: u32, idle: u32) -> Result<Uring, i32> {
         // struct io_uring_params: 10 words, then the offsets of the two rings, 10 words each.
         let mut p = [0u32; 30];
-        (p[2], p[4]) = (flags, if flags & SQPOLL != 0 { 10 } else { 0 });
+        (p[2], p[4]) = (flags, idle);
         let fd = number(libc::SYS_io_uring_setup, [entries, p.as_mut_ptr() as usize, 0, 0, 0, 0])? as i32;
         let map = |len: u32, at: i64| {
             let prot = libc::PROT_READ | libc::PROT_WRITE;
@@ -526,16 +527,22 @@ fn used_by_a_child(w: &World) {
     w.still_good(&mut c);
 }
 
-/// Each thread fills an entry under the program's lock and submits one outside of it, no matter whose.
+/// Each thread fills an entry under the program's lock and submits one outside of it, no matter whose. Its connection has
+/// bytes waiting, so that its set shows whether the change was made as it is to be.
 fn threads_that_share_one(w: &World) {
     let all: Vec<Conn> = (0..4).map(|_| w.pair()).collect();
     let Ok(u) = Uring::with(64) else { return };
     let sets: Vec<i32> = all.iter().map(|_| sys::epoll_create()).collect();
     let filling = Mutex::new(());
     let told = Mutex::new((0, 0));
+    let wrong = AtomicU32::new(0);
+    for c in &all {
+        w.far(c, "put 10");
+        c.arrived(10);
+    }
     std::thread::scope(|s| {
         for (c, set) in all.iter().zip(&sets) {
-            let (u, filling, told) = (&u, &filling, &told);
+            let (u, filling, told, wrong) = (&u, &filling, &told, &wrong);
             s.spawn(move || {
                 let e = event(EPOLLIN, 7);
                 for i in 0..301 {
@@ -559,12 +566,17 @@ fn threads_that_share_one(w: &World) {
                     {
                         std::thread::yield_now();
                     }
+                    let found = sys::epoll_wait(*set, 1, 0).map(|v| v.len());
+                    if found != Ok(usize::from(op == EPOLL_CTL_ADD)) {
+                        wrong.fetch_add(1, Ordering::Relaxed);
+                    }
                 }
             });
         }
     });
-    log!("{:?} {}", told.lock().expect("no panic"), u.told());
+    log!("{:?} {} wrong {wrong:?}", told.lock().expect("no panic"), u.told());
     for (mut c, set) in all.into_iter().zip(sets) {
+        log!("{}", c.get(10));
         tells(w, &mut c, set);
         w.still_good(&mut c);
     }
@@ -720,7 +732,7 @@ fn refused_by_the_file(w: &World) {
 
 /// A loop of libuv's up to 1.48: one ring for files, with a thread of the kernel's, in the loop's set; one for changes.
 fn beside_one_that_a_thread_reads(w: &World) {
-    let files = match Uring::made(8, SQPOLL) {
+    let files = match Uring::made(8, SQPOLL, 10) {
         Ok(u) => u,
         Err(e) => return log!("io_uring_setup {}", sys::errno_name(e)),
     };
@@ -754,7 +766,7 @@ fn beside_one_that_a_thread_reads(w: &World) {
 }
 
 fn read_by_a_thread_then_it_moves_bytes(w: &World) {
-    let Ok(u) = Uring::made(8, SQPOLL) else { return };
+    let Ok(u) = Uring::made(8, SQPOLL, 10) else { return };
     let mut c = w.pair();
     w.far(&c, "put 500");
     c.arrived(500);
@@ -776,10 +788,29 @@ fn read_by_a_thread_then_it_moves_bytes(w: &World) {
     w.still_good(&mut c);
 }
 
+/// Once woken it reads the queue, and nobody calls it.
+fn read_by_a_thread_that_is_awake(w: &World) {
+    let Ok(u) = Uring::made(8, SQPOLL, 60_000) else { return };
+    // It begins by falling asleep.
+    u.post(entry(OP_NOP, -1, 0, 0, 0, 100));
+    log!("{}", u.comes());
+    for i in 0..20 {
+        u.put(entry(OP_NOP, -1, 0, 0, 0, i));
+        log!("{}", u.comes());
+    }
+    let mut c = w.pair();
+    w.far(&c, "put 500");
+    c.arrived(500);
+    let mut b = vec![0u8; 500];
+    u.post(entry(OP_RECV, c.fd, 0, b.as_mut_ptr() as u64, 500, 3));
+    log!("{} {}", u.comes(), c.checked(Ok(500), &b));
+    w.still_good(&mut c);
+}
+
 /// Flags of which nothing is known here.
 fn with_flags_that_nobody_knows(w: &World) {
     const SINGLE_ISSUER_AND_SUBMIT_ALL: u32 = 1 << 12 | 1 << 7;
-    let Ok(u) = Uring::made(8, SINGLE_ISSUER_AND_SUBMIT_ALL) else { return };
+    let Ok(u) = Uring::made(8, SINGLE_ISSUER_AND_SUBMIT_ALL, 0) else { return };
     let set = sys::epoll_create();
     let mut c = w.pair();
     log!("{}", u.ctl(set, EPOLL_CTL_ADD, c.fd, EPOLLIN, 1));

@@ -35,7 +35,7 @@
 //! # A thread that reads the queue
 //!
 //! libuv up to 1.48 has a second ring for each loop, for files, with IORING_SETUP_SQPOLL: a thread of the kernel's reads its
-//! queue, so that nobody can look first. Such a ring is made without that flag. Its queue says for ever that the thread
+//! queue, so that nobody can look first. Such a ring, if the thread is to sleep soon, is made without that flag. Its queue says for ever that the thread
 //! sleeps (IORING_SQ_NEED_WAKEUP), which is a bit that nobody but such a thread changes, so that a program calls
 //! io_uring_enter after each change of the queue, as it has to with a thread that sleeps. This call submits what there is, as
 //! the thread would have done, and has the result that it would have had. So it does when the connections are on TCP for
@@ -74,6 +74,9 @@ const SETUP_NO_SQARRAY: u32 = 1 << 16;
 const FOLLOWED: u32 = SETUP_CQSIZE | SETUP_CLAMP | SETUP_COOP_TASKRUN | SETUP_TASKRUN_FLAG | SETUP_NO_SQARRAY;
 /// Those that go with IORING_SETUP_SQPOLL.
 const FOLLOWED_POLLED: u32 = SETUP_SQPOLL | SETUP_CQSIZE | SETUP_CLAMP | SETUP_NO_SQARRAY;
+/// A thread that sleeps after at most so many ms without work does so nearly always (libuv's: 10). One that is to stay
+/// awake is what its program wants.
+const NAP_MS: std::ops::RangeInclusive<u32> = 1..=100;
 /// IORING_FEAT_FAST_POLL, of 5.7: the kernel has EPOLL_CTL, which is of 5.6.
 const FEATURES: u32 = 1 << 5;
 const OFF_SQ_RING: usize = 0;
@@ -444,7 +447,8 @@ pub fn setup(params: *mut Params, kernel: impl Fn(usize) -> c_long) -> c_long {
     // SAFETY: the program's parameters, which it vouches for to the kernel; they are there.
     let asked = unsafe { params.read_unaligned() };
     let polled = asked.flags & SETUP_SQPOLL != 0;
-    if asked.flags & !(if polled { FOLLOWED_POLLED } else { FOLLOWED }) != 0 {
+    let known = if polled { FOLLOWED_POLLED } else { FOLLOWED };
+    if asked.flags & !known != 0 || polled && !NAP_MS.contains(&asked.sq_thread_idle) {
         lost();
         return kernel(params.addr());
     }
