@@ -588,6 +588,8 @@ fn before_the_connection_is(w: &World) {
     let set = sys::epoll_create();
     let mut c = w.cold_on("4");
     log!("{}", u.ctl(set, EPOLL_CTL_ADD, c.fd, EPOLLIN, 1));
+    // Only a set that has been seen waited for lets its connections go to the ring.
+    log!("{}", now(set));
     w.warm(&mut c, 200);
     tells(w, &mut c, set);
     log!("{}", u.ctl(set, EPOLL_CTL_ADD, c.fd, EPOLLIN | EPOLLOUT, 2));
