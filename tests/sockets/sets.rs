@@ -32,6 +32,7 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(read_only_events),
     s!(all_kinds_together),
     s!(changed_by_another_while_busy),
+    s!(each_is_told_of_once),
 ];
 
 fn now(ep: i32) -> String {
@@ -574,6 +575,32 @@ fn all_kinds_together(w: &World) {
         let mut b = [0; 128];
         log!("{}", show(sys::read(sig, &mut b)));
         log!("{} {}", show(sys::read(u[0], &mut b)), show(sys::read(p[0], &mut b[..1])));
+    }
+}
+
+/// Two looks at the kernel in one wait find the same connection, which the program is to be told of once: it may be closed
+/// when the second entry's turn comes.
+fn each_is_told_of_once(w: &World) {
+    let c = w.pair();
+    let mut plain = w.cold_on("4");
+    let ep = sys::epoll_create();
+    // What this end sends goes by TCP from now on, and the ring's word on the connection is not the last.
+    log!("{}", show(sys::send(c.fd, b"!", libc::MSG_OOB)));
+    for _ in 0..5 {
+        sys::epoll_add(ep, c.fd, EPOLLIN, 1);
+        w.far(&plain, "put 10");
+        plain.arrived(10);
+        for _ in 0..10 {
+            log!("{}", now(ep));
+        }
+        sys::epoll_add(ep, plain.fd, EPOLLIN, 2);
+        for _ in 0..10 {
+            log!("{}", now(ep));
+        }
+        log!("{}", plain.get(10));
+        for fd in [c.fd, plain.fd] {
+            sys::epoll_ctl(ep, EPOLL_CTL_DEL, fd, 0, 0).expect("DEL");
+        }
     }
 }
 

@@ -346,6 +346,8 @@ impl Waiting<'_> {
                 // A look, and the kernel's word; no sleep.
                 let (p, max) = (self.out.ptr(), self.out.max as c_int);
                 let n = wait_with(self.e, &|| self.call.rest(self.epfd, p, max, Some(0)));
+                // Asked once more it would say the same once more, under data of the program's that are not ours to merge.
+                self.asked.set(true);
                 return if n < 0 { n } else { self.last_look(n as usize) };
             }
             if let Some(n) = self.spin(left) {
