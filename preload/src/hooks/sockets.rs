@@ -273,12 +273,11 @@ hook! {
                     let n = unsafe { val.cast::<i32>().read_unaligned() };
                     s.rcvlowat.store(n.max(1) as u32, Relaxed);
                     s.rx.tcp_lowat.store(n.max(1) as u32, Relaxed);
-                    if !e.sock.rx_in_ring() {
-                        if n > 1 {
-                            e.sock.stop_rx(Reason::SocketOption, true);
-                        }
-                    } else if e.sock.look_at(fd).ready & libc::POLLIN as u32 != 0 {
-                        // As tcp_set_rcvlowat, which tells who waits of bytes that now suffice.
+                    if n > 1 && !e.sock.rx_in_ring() {
+                        e.sock.stop_rx(Reason::SocketOption, true);
+                    } else if e.sock.look_at(fd).ready & libc::POLLIN as u32 != 0 || e.sock.more_behind_tcp(fd) {
+                        // As tcp_set_rcvlowat, which tells who waits of bytes that now suffice. The kernel does that where
+                        // there are some in TCP as well, but not any more once those alone are read.
                         super::epoll::comes_anew(e);
                     }
                 }
