@@ -41,7 +41,9 @@ struct State {
 
 impl Faults {
     pub fn listen(seed: u64) -> io::Result<Self> {
-        let name = format!("smc-chaos-{}-{seed:x}", std::process::id());
+        // Several in one process may have been given the same seed.
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let name = format!("smc-chaos-{}-{}", std::process::id(), NUMBER.fetch_add(1, Relaxed));
         let listener = UnixListener::bind_addr(&SocketAddr::from_abstract_name(&name)?)?;
         let state = Arc::new(State {
             rate: AtomicU64::new(0),
