@@ -99,6 +99,7 @@ pub extern "C" fn in_child() {
     crate::remote::after_fork_child();
     fd_table::after_fork_child(FORK.get(), parent);
     super::signals::after_fork_child();
+    super::uring::after_fork_child();
     section::leave();
 }
 

@@ -35,9 +35,9 @@
 //! # A thread that reads the queue
 //!
 //! libuv up to 1.48 has a second ring for each loop, for files, with IORING_SETUP_SQPOLL: a thread of the kernel's reads its
-//! queue, so that nobody can look first. Such a ring, if the thread is to sleep soon, is made without that flag. Its queue says for ever that the thread
-//! sleeps (IORING_SQ_NEED_WAKEUP), which is a bit that nobody but such a thread changes, so that a program calls
-//! io_uring_enter after each change of the queue, as it has to with a thread that sleeps. This call submits what there is, as
+//! queue, so that nobody can look first. Such a ring, if the thread is to sleep soon, is made without that flag. Its queue
+//! says for ever that the thread sleeps (IORING_SQ_NEED_WAKEUP), which is a bit that nobody but such a thread changes, so
+//! that a program calls io_uring_enter after each change of the queue, as it has to with a thread that sleeps. This call submits what there is, as
 //! the thread would have done, and has the result that it would have had. So it does when the connections are on TCP for
 //! good, only without a look.
 //!
@@ -392,7 +392,8 @@ fn pair() -> Option<[c_int; 2]> {
     let _g = lock::lock(&PAIR_LOCK);
     // Relaxed, here and below: under the lock.
     let made = PAIR.each_ref().map(|n| n.load(Relaxed));
-    if made[0] >= 0 {
+    // Both: another thread may have been between the two stores when this process was forked.
+    if made.iter().all(|n| *n >= 0) {
         return Some(made);
     }
     let both = [sys::epoll_create().ok()?, sys::epoll_create().ok()?];
@@ -406,6 +407,11 @@ fn pair() -> Option<[c_int; 2]> {
         n.store(fd, Relaxed);
     }
     Some([a, b])
+}
+
+/// In a forked child: whoever held the lock is not there.
+pub fn after_fork_child() {
+    PAIR_LOCK.store(0, Relaxed);
 }
 
 /// An entry that fails with `e`.

@@ -965,8 +965,8 @@ const TCP_INQ: i32 = 36;
 /// SO_MAX_PACING_RATE of a socket that may send as fast as it can: all bits set, in 4 bytes or in 8.
 pub const UNPACED: i32 = -1;
 
-/// Whether an option asks for what the ring does not carry beside the bytes, or does not do with them. It may have been set before the socket
-/// was a connection, or on the listener that it comes from.
+/// Whether an option asks for what the ring does not carry beside the bytes, or does not do with them. It may have been
+/// set before the socket was a connection, or on the listener that it comes from.
 fn wants_ancillary(fd: i32) -> bool {
     let on = |level, name, off: i32| {
         let mut v = [0u8; 4];
