@@ -107,7 +107,7 @@ fn hooks() -> BTreeSet<String> {
         // `name = …;` and `name => …;`, with comments between.
         let code: String =
             text.lines().filter(|l| !l.trim_start().starts_with("//")).map(|l| format!("{l}\n")).collect();
-        for part in ["\nalias! {", "\nvariadic! {"].iter().flat_map(|m| code.split(m).skip(1)) {
+        for part in ["\nalias! {", "\nvariadic! {", "\nled! {"].iter().flat_map(|m| code.split(m).skip(1)) {
             let body = &part[..part.find('}').expect("an end")];
             out.extend(body.split(';').map(|l| word(l.trim()).to_string()).filter(|n| !n.is_empty()));
         }

@@ -56,6 +56,7 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(unread_when_it_leaves_the_ring),
     s!(siocoutq),
     s!(rcvlowat),
+    s!(rcvlowat_makes_an_edge),
     s!(sendfile_positions),
     s!(sendfile_big),
     s!(splice_both_ways),
@@ -779,6 +780,30 @@ fn rcvlowat(w: &World) {
     log!("right {:?}, far {}", c.check(&b[..n]), w.finish());
     log!("{}", c.get(200 - n) == format!("got {}", 200 - n));
     log!("{}", show(sys::setsockopt(c.fd, libc::SOL_SOCKET, libc::SO_RCVLOWAT, 1)));
+    w.still_good(&mut c);
+}
+
+/// Bytes that came before the connection went to memory are read between the call that makes the edge and the wait for it.
+fn rcvlowat_makes_an_edge(w: &World) {
+    let mut c = w.cold_on("4");
+    let lowat = |c: &Conn, n| show(sys::setsockopt(c.fd, libc::SOL_SOCKET, libc::SO_RCVLOWAT, n));
+    let set = sys::epoll_create();
+    sys::epoll_add(set, c.fd, libc::EPOLLIN | libc::EPOLLET, 1);
+    w.far(&c, "put 300");
+    c.arrived(300);
+    // As much as is enough for the switch, and nothing of it read.
+    for _ in 0..40 {
+        w.start_far(&c, "get 10");
+        let put = c.put(10);
+        log!("{put} {} {}", w.finish(), w.far(&c, "put 10"));
+        let _told = sys::epoll_wait(set, 8, 0);
+    }
+    c.arrived(700);
+    log!("{}", lowat(&c, 1));
+    log!("{}", c.get(500));
+    log!("{}", sys::show_epoll(sys::epoll_wait(set, 8, 1000)));
+    log!("{}", sys::show_epoll(sys::epoll_wait(set, 8, 0)));
+    log!("{}", c.get(200));
     w.still_good(&mut c);
 }
 

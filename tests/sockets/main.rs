@@ -22,6 +22,7 @@ mod handed;
 #[path = "../harness/mod.rs"]
 mod harness;
 mod idle;
+mod liburing;
 mod limits;
 mod names;
 mod options;
@@ -121,6 +122,7 @@ const FILES: &[(&str, &[Scenario])] = &[
     ("limits", limits::SCENARIOS),
     ("sets", sets::SCENARIOS),
     ("rings", rings::SCENARIOS),
+    ("liburing", liburing::SCENARIOS),
     ("names", names::SCENARIOS),
     ("signals", signals::SCENARIOS),
 ];

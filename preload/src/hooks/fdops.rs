@@ -252,20 +252,18 @@ fn passed(e: &Ref, fd: c_int) -> Option<(Relay, Fd)> {
     e.sock.strands(false).then(|| relay(Begins::AtItsWord)).flatten()
 }
 
-/// A message leaves over a Unix socket: connections that travel in it are the receiver's as well. Of one with bytes that
-/// nobody would move into TCP for the receiver, it gets a [relay](super::relay)'s end: then what is to be sent is not
-/// the program's message.
-pub fn leaving_with(msg: *const msghdr) -> Option<Passing> {
+/// The connections of ours that a message carries in its control data: each with the place of its number, which is in
+/// the message's memory.
+fn each_carried(msg: *const msghdr, mut f: impl FnMut(&msghdr, &Ref, *mut c_int, c_int)) {
     if fd_table::is_empty() {
-        return None;
+        return;
     }
     // SAFETY: the program's message, or what it passes as one.
-    let m = unsafe { given(msg) }?;
+    let Some(m) = (unsafe { given(msg) }) else { return };
     if m.msg_controllen < size_of::<libc::cmsghdr>() || !plausible(m.msg_control, m.msg_controllen) {
-        return None;
+        return;
     }
     let end = m.msg_control as usize + m.msg_controllen;
-    let mut passing: Option<Passing> = None;
     // SAFETY: the program vouches for its control buffer.
     let mut c = unsafe { libc::CMSG_FIRSTHDR(m) };
     while !c.is_null() {
@@ -282,23 +280,38 @@ pub fn leaving_with(msg: *const msghdr) -> Option<Passing> {
                 let at = unsafe { data.cast::<c_int>().add(i) };
                 // SAFETY: as above.
                 let fd = unsafe { at.read_unaligned() };
-                let Some(e) = fd_table::stream(fd) else { continue };
-                let Some(r) = passed(&e, fd) else { continue };
-                let p = passing.get_or_insert_with(|| {
-                    // SAFETY: the program vouches for its control buffer.
-                    let all =
-                        unsafe { std::slice::from_raw_parts(m.msg_control.cast::<u8>(), m.msg_controllen) };
-                    Passing { control: all.to_vec(), relays: Vec::new() }
-                });
-                let from = at as usize - m.msg_control as usize;
-                if let Some(place) = p.control.get_mut(from..from + size_of::<c_int>()) {
-                    place.copy_from_slice(&r.1.raw().to_ne_bytes());
+                if let Some(e) = fd_table::stream(fd) {
+                    f(m, &e, at, fd);
                 }
-                p.relays.push(r);
             }
         }
         // SAFETY: as above.
         c = unsafe { libc::CMSG_NXTHDR(m, c) };
     }
+}
+
+/// A message leaves over a Unix socket: connections that travel in it are the receiver's as well. Of one with bytes that
+/// nobody would move into TCP for the receiver, it gets a [relay](super::relay)'s end: then what is to be sent is not
+/// the program's message.
+pub fn leaving_with(msg: *const msghdr) -> Option<Passing> {
+    let mut passing: Option<Passing> = None;
+    each_carried(msg, |m, e, at, fd| {
+        let Some(r) = passed(e, fd) else { return };
+        let p = passing.get_or_insert_with(|| {
+            // SAFETY: the program vouches for its control buffer.
+            let all = unsafe { std::slice::from_raw_parts(m.msg_control.cast::<u8>(), m.msg_controllen) };
+            Passing { control: all.to_vec(), relays: Vec::new() }
+        });
+        let from = at as usize - m.msg_control as usize;
+        if let Some(place) = p.control.get_mut(from..from + size_of::<c_int>()) {
+            place.copy_from_slice(&r.1.raw().to_ne_bytes());
+        }
+        p.relays.push(r);
+    });
     passing
+}
+
+/// As [`leaving_with`], of a message that the kernel sends as it is, some time.
+pub fn leaving_in_a_ring(msg: *const msghdr) {
+    each_carried(msg, |_, e, _, fd| hand_over(e, fd, Reason::FdPassed));
 }

@@ -6,6 +6,7 @@ pub mod direct;
 pub mod epoll;
 pub mod execl;
 pub mod fdops;
+pub mod liburing;
 pub mod making;
 pub mod print;
 pub mod process;

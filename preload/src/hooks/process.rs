@@ -38,6 +38,7 @@ extern "C" fn start() {
     crate::probes::start();
     crate::real::start();
     crate::deep::start();
+    super::liburing::start();
     crate::remote::start();
     let _ = (engine::sys::gettid(), engine::sys::own_pid());
     // fork, forkpty and daemon all run these handlers.
@@ -100,6 +101,7 @@ pub extern "C" fn in_child() {
     fd_table::after_fork_child(FORK.get(), parent);
     super::signals::after_fork_child();
     super::uring::after_fork_child();
+    super::liburing::after_fork_child();
     section::leave();
 }
 
