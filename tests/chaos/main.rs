@@ -5,7 +5,7 @@
 //! descriptors, of address space and of `SMC_MEM_LIMIT`, and while the system calls that libsmc.so makes for itself fail
 //! (`faults.rs`). Where both ends live every byte arrives; where one was killed the other sees right bytes and then an
 //! end; and servers that live through it all have in the end as many descriptors, mappings and as much memory as at
-//! first. Then redis and nginx (`services.rs`), with a client that knows what must come back.
+//! first. Then redis, nginx and PostgreSQL (`services.rs`), with a client that knows what must come back.
 //!
 //! `SMC_CHAOS_SECONDS` is how long each of the tests goes on; `SMC_SEED` draws the same again, as far as scheduling lets
 //! it. `cargo xtask chaos --time 1h` sets both.
@@ -601,6 +601,7 @@ fn main() -> ExitCode {
         Trial::test("overload", overload),
         Trial::ignorable_test("redis", services::redis),
         Trial::ignorable_test("nginx", services::nginx),
+        Trial::ignorable_test("postgres", services::postgres),
     ];
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
