@@ -212,6 +212,43 @@ pub fn chaos(options: &[&str]) -> ExitCode {
     if tally.failed == 0 && tally.passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
+/// `smc/tests/terminate.rs`, for as long as is wanted, and under a sanitizer.
+pub fn stress(options: &[&str]) -> ExitCode {
+    let (mut time, mut sanitizer) = (60, None);
+    let mut rest = options.iter();
+    while let Some(option) = rest.next() {
+        let value = rest.next().copied().unwrap_or("");
+        match (*option, seconds(value), value) {
+            ("--time", Some(t), _) => time = t,
+            ("--sanitizer", _, "address" | "thread") => sanitizer = Some(value),
+            _ => {
+                eprintln!(
+                    "xtask: stress: {option} {value}: --time 90s, 30m or 1h, --sanitizer address or thread"
+                );
+                return ExitCode::from(2);
+            }
+        }
+    }
+    let mut command = shell::cargo();
+    command.args(["test", "--release", "-p", "smc", "--test", "terminate"]);
+    if let Some(which) = sanitizer {
+        // An option of the compiler that is not stable. std stays as it is: see the suppressions.
+        let flags = format!("-Zsanitizer={which} -Cunsafe-allow-abi-mismatch=sanitizer");
+        let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+        command.args(["--target", &target]).env("RUSTC_BOOTSTRAP", "1").env("RUSTFLAGS", flags);
+        command.env("CARGO_TARGET_DIR", shell::target_dir().join(format!("sanitize-{which}")));
+        let hidden = shell::root().join("smc/tests/tsan.supp");
+        command.env("TSAN_OPTIONS", format!("suppressions={}", hidden.display()));
+    }
+    command.args(["--", "--nocapture", "--test-threads=1"]).env("SMC_STRESS_SECONDS", time.to_string());
+    let tally = tests(&mut command).unwrap_or_else(|e| {
+        println!("stress: {e}");
+        Tally::step(false)
+    });
+    println!("{tally}");
+    if tally.failed == 0 && tally.passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
 /// `90`, `90s`, `30m`, `1h`.
 fn seconds(text: &str) -> Option<u64> {
     let unit = |c: char| [('s', 1), ('m', 60), ('h', 3600)].into_iter().find(|u| u.0 == c).map(|u| u.1);

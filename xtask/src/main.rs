@@ -57,6 +57,9 @@ cargo xtask COMMAND
   chaos         tests/chaos/ alone, for longer: all that happens to processes happens at once
       --time T       how long each of its tests goes on: 90s, 30m, 1h (10m)
       --seed N       draws the same again, as far as scheduling lets it
+  stress        smc/tests/terminate.rs alone, for longer: link groups are terminated under their streams
+      --time T       how long: 90s, 30m, 1h (60s)
+      --sanitizer S  address or thread
   package       what `dist` makes, installed, used and removed (the package: in a clean root, by root)
   rdma          rdma/: verbs and the kernel's SMC-R, in a VM with Soft-RoCE (Debian, root)
 
@@ -72,6 +75,9 @@ fn main() -> ExitCode {
     }
     if command == "chaos" {
         return checks::chaos(options);
+    }
+    if command == "stress" {
+        return checks::stress(options);
     }
     if command == "vm" {
         return vm::main(options);
