@@ -44,6 +44,7 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(blocked_read_gets_eof),
     s!(blocked_read_gets_reset),
     s!(blocked_write_gets_reset),
+    s!(reset_from_outside),
     s!(peer_dies).procs(),
     s!(peer_dies_after_sending).procs(),
     s!(peer_dies_with_unread_data).procs(),
@@ -453,6 +454,61 @@ fn blocked_write_gets_reset(w: &World) {
     let r = t.join().expect("no panic");
     log!("{}", r.split(' ').next().unwrap_or(""));
     log!("after it: {}", send1(&c));
+}
+
+/// The administrator resets the connection (`ss -K`) while this end waits: by poll, by epoll, and in calls with a time-out.
+fn reset_from_outside(w: &World) {
+    for way in ["nobody", "poll", "epoll", "recv", "send"] {
+        let mut c = w.pair();
+        let (port, fd) = (sys::getsockname(c.fd).expect("a name").port(), c.fd);
+        let kill = later(60, move || {
+            let filter = format!("sport = :{port}");
+            let mut ss = std::process::Command::new("ss");
+            let done = ss
+                .env_remove("LD_PRELOAD")
+                .args(["-K", "-n", "-t", "state", "established", &filter])
+                .output();
+            // It says nothing where the kernel has no way for it, or the user no right.
+            done.is_ok_and(|d| String::from_utf8_lossy(&d.stdout).contains(&format!(":{port}")))
+        });
+        for name in [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO] {
+            sys::set_timeout(fd, name, Duration::from_secs(20)).expect("a time-out");
+        }
+        let told = match way {
+            "poll" => sys::show_poll(sys::poll1(fd, POLLIN | POLLRDHUP, 20_000)),
+            "epoll" => {
+                let set = sys::epoll_create();
+                sys::epoll_add(set, fd, POLLIN.into(), 1);
+                let told = sys::show_epoll(sys::epoll_wait(set, 8, 20_000));
+                sys::close(set).expect("close");
+                told
+            }
+            "recv" => show(sys::recv(fd, &mut [0; 10], 0)),
+            // How much of it goes before is a matter of buffers.
+            "send" => {
+                let b = vec![0; 1 << 20];
+                let r = std::iter::repeat_with(|| sys::send(fd, &b, libc::MSG_NOSIGNAL))
+                    .take(64)
+                    .find(|r| r.is_err());
+                show(r.unwrap_or(Ok(0)))
+            }
+            _ => String::new(),
+        };
+        if !kill.join().expect("no panic") {
+            log!("no ss -K");
+            return;
+        }
+        log!("{way}: {told}");
+        settle(fd, POLLHUP);
+        log!("{}", sys::show_poll(sys::poll1(fd, POLLIN | POLLOUT | POLLRDHUP, 0)));
+        let r = [show(sys::recv(fd, &mut [0; 10], 0)), show(sys::recv(fd, &mut [0; 10], 0))];
+        log!("{r:?} {} {}", show(sys::send(fd, b"x", libc::MSG_NOSIGNAL)), sys::so_error(fd));
+        if way != "send" {
+            log!("far {}", w.far(&c, "drain"));
+        }
+        c.fd = -1;
+        sys::close(fd).expect("close");
+    }
 }
 
 fn peer_dies(w: &World) {

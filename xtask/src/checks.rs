@@ -233,7 +233,10 @@ pub fn stress(options: &[&str]) -> ExitCode {
     command.args(["test", "--release", "-p", "smc", "--test", "terminate"]);
     if let Some(which) = sanitizer {
         // An option of the compiler that is not stable. std stays as it is: see the suppressions.
-        let flags = format!("-Zsanitizer={which} -Cunsafe-allow-abi-mismatch=sanitizer");
+        let mut flags = format!("-Zsanitizer={which} -Cunsafe-allow-abi-mismatch=sanitizer");
+        if which == "thread" {
+            flags.push_str(" --cfg smc_tsan");
+        }
         let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
         command.args(["--target", &target]).env("RUSTC_BOOTSTRAP", "1").env("RUSTFLAGS", flags);
         command.env("CARGO_TARGET_DIR", shell::target_dir().join(format!("sanitize-{which}")));
