@@ -14,6 +14,7 @@ const UNSAFE: &[&str] = &[
     "smc/src/fd.rs",
     "smc/src/sync.rs",
     "smc/src/models.rs",
+    "smc/src/models/",
     "smc/src/once.rs",
     "smc/src/alloc.rs",
     "smc/src/arena.rs",

@@ -20,6 +20,7 @@
 use crate::hooks::epoll::{Members, Set};
 use crate::hooks::uring::Ring;
 use engine::conn::Socket;
+use engine::counts;
 use engine::report::Sums;
 use engine::section::{self, Section};
 use std::alloc::Layout;
@@ -193,7 +194,7 @@ impl Drop for Ref {
 #[inline]
 fn release(e: &'static Entry) {
     // ORDERING [entry.refs] AcqRel; pairs with itself: what others did with the entry is done before it is reused.
-    if e.refs.fetch_sub(1, AcqRel) == 1 {
+    if counts::count_off(&e.refs) == 1 {
         retire(e);
     }
 }

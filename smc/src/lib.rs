@@ -19,6 +19,7 @@
 //! | `option`, `remote` | whether a peer on another host speaks SMC; the service that carries connections there |
 //! | `arena` | what must survive fork, and what `smc ss` shows |
 //! | `config`, `report` | settings; what a process tells |
+//! | `counts` | who uses a thing, and who may take it away |
 //! | `sys`, `rawsys`, `sync`, `once`, `lock`, `fd`, `internal_fds` | the doors to the kernel and to atomics; values made at first use; locks; descriptors of ours |
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -32,6 +33,8 @@ pub mod config;
 #[cfg(not(smc_loom))]
 #[doc(hidden)]
 pub mod conn;
+#[doc(hidden)]
+pub mod counts;
 #[cfg(all(test, not(smc_loom)))]
 mod explore;
 #[doc(hidden)]

@@ -1,8 +1,9 @@
-//! loom models of the protocols between two processes, on the real code.
+//! loom models of the protocols between two processes, on the real code; in `models/` those within one.
 //!
 //! Each runs every interleaving (preemption bound 2) that loom's memory model allows. With
 //! `--cfg smc_weak` the fences of `after_publish` and of `ask` are left out, and `loom_ring_and_doorbell` and
-//! `loom_switch_stop_that_keeps` must fail: so it is known that they see what they are for.
+//! `loom_switch_stop_that_keeps` must fail: so it is known that they see what they are for. What is taken away
+//! from the others is said where it is.
 
 #![allow(unsafe_code)]
 
@@ -14,6 +15,28 @@ use loom::cell::UnsafeCell;
 use loom::sync::{Arc, Mutex, Notify};
 use loom::thread;
 use std::collections::VecDeque;
+
+mod counts;
+
+/// Something that is not atomic. loom fails the model if two use it at the same time, or one without seeing what the
+/// other did.
+struct Thing(UnsafeCell<u32>);
+
+impl Thing {
+    fn new(value: u32) -> Self {
+        Thing(UnsafeCell::new(value))
+    }
+
+    fn get(&self) -> u32 {
+        // SAFETY: loom checks that nobody writes the cell at the same time.
+        self.0.with(|p| unsafe { *p })
+    }
+
+    fn set(&self, value: u32) {
+        // SAFETY: loom checks that nobody reads or writes the cell at the same time.
+        self.0.with_mut(|p| unsafe { *p = value });
+    }
+}
 
 fn model(f: impl Fn() + Sync + Send + 'static) {
     let mut b = loom::model::Builder::new();

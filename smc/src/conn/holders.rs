@@ -16,6 +16,7 @@
 
 use super::Socket;
 use crate::arena::{self, Inside, SEATS, Slot};
+use crate::counts;
 use crate::lock;
 use crate::sync::Ordering::*;
 use crate::sys;
@@ -101,7 +102,7 @@ impl Slot {
                 seat.store(0, Release);
                 // ORDERING [holders] AcqRel; pairs with the Acquire of who finds itself alone. Carries: the
                 // counters above.
-                self.holders.fetch_sub(1, AcqRel);
+                counts::count_off(&self.holders);
             }
         }
     }
@@ -135,7 +136,7 @@ impl Socket {
     /// Whether no other process holds the socket. Looks for dead ones now and then.
     pub(super) fn alone(&self, s: &Slot) -> bool {
         // ORDERING [holders] Acquire; pairs with the AcqRel of who was counted off.
-        s.holders.load(Acquire) == 1 || self.look_for_dead(s)
+        counts::is_only(&s.holders) || self.look_for_dead(s)
     }
 
     #[cold]
@@ -148,7 +149,7 @@ impl Socket {
     #[cold]
     pub(super) fn bury_dead(&self, s: &Slot) -> bool {
         s.bury();
-        let alone = s.holders.load(Acquire) == 1;
+        let alone = counts::is_only(&s.holders);
         if alone {
             self.looks.store(0, Relaxed);
             s.pid.store(sys::getpid() as u32, Relaxed);
@@ -160,7 +161,7 @@ impl Socket {
     pub(super) fn let_go(&self, s: &Slot) -> u32 {
         let _ = s.rise(self.token.swap(0, Relaxed));
         // ORDERING [holders] AcqRel; pairs with the Acquire in `alone`. Carries: our last writes to the slot.
-        let before = s.holders.fetch_sub(1, AcqRel);
+        let before = counts::count_off(&s.holders) as u32;
         if before == 2 {
             self.wake_last(s);
         }
@@ -209,7 +210,7 @@ impl Socket {
 
     /// Whether no other process holds the socket now, dead ones not counted.
     pub fn is_alone(&self) -> bool {
-        self.slot().is_none_or(|s| s.holders.load(Acquire) == 1 || self.bury_dead(s))
+        self.slot().is_none_or(|s| counts::is_only(&s.holders) || self.bury_dead(s))
     }
 
     /// In a process that was made for this socket alone by the fork of that token: one of its holders.

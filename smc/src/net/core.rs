@@ -14,7 +14,7 @@ use crate::config::{self, Config};
 use crate::conn::{Side, Socket, Tuning};
 use crate::stats::ConnectionInfo;
 use crate::sync::{AtomicBool, AtomicU32, AtomicUsize, Ordering::*};
-use crate::{arena, lgr, report, section, sys};
+use crate::{arena, counts, lgr, report, section, sys};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io;
@@ -67,7 +67,7 @@ impl Clone for Handle {
 impl Drop for Handle {
     fn drop(&mut self) {
         // ORDERING [handles] AcqRel; pairs with itself. Carries: what others did by their handles, to the last.
-        if self.0.handles.fetch_sub(1, AcqRel) == 1 {
+        if counts::count_off(&self.0.handles) == 1 {
             self.0.close();
         }
     }
@@ -117,7 +117,7 @@ impl Handle {
     /// The TCP socket itself, if this is the only handle: nothing follows it any more. Otherwise a duplicate.
     pub fn into_tcp(self) -> io::Result<TcpStream> {
         // ORDERING [handles] Acquire; see `drop`. Whoever has the only handle stays the only one.
-        if self.0.handles.load(Acquire) != 1 {
+        if !counts::is_only(&self.0.handles) {
             return self.with_tcp(TcpStream::try_clone);
         }
         // Relaxed: nobody else is there.
