@@ -20,7 +20,7 @@
 use crate::hooks::epoll::{Members, Set};
 use crate::hooks::uring::Ring;
 use engine::conn::Socket;
-use engine::counts;
+use engine::counts::{self, Counted};
 use engine::report::Sums;
 use engine::section::{self, Section};
 use std::alloc::Layout;
@@ -272,15 +272,10 @@ fn take_ref(cell: &AtomicPtr<Entry>, p: *mut Entry) -> Option<Ref> {
     let section = section::enter();
     // SAFETY: entries are never unmapped (see the module).
     let e: &'static Entry = unsafe { &*p };
-    // Nearly always nobody else counts at this moment.
-    let n = e.refs.load(Relaxed);
-    // ORDERING [table.move] SeqCst, both; pairs with `Moves::take`. Here: count, look at the number. There: mark the
-    // number, look at the count. Either the call is counted, or it finds the number marked and waits.
-    if n != 0 && e.refs.compare_exchange(n, n + 1, SeqCst, Relaxed).is_ok() {
-        if cell.load(SeqCst) == p {
-            return Some(Ref(e, section));
-        }
-        release(e);
+    match counts::count_in(&e.refs, cell, p) {
+        Counted::Yes => return Some(Ref(e, section)),
+        Counted::Late => release(e),
+        Counted::No => {}
     }
     take_ref_on(cell, p, section)
 }
@@ -293,20 +288,10 @@ fn take_ref_on(cell: &AtomicPtr<Entry>, mut p: *mut Entry, section: Section) -> 
         }
         // SAFETY: entries are never unmapped (see the module).
         let e: &'static Entry = unsafe { &*p };
-        let mut n = e.refs.load(Relaxed);
-        while n != 0 {
-            // ORDERING [table.move] SeqCst, both; as in `take_ref`.
-            match e.refs.compare_exchange_weak(n, n + 1, SeqCst, Relaxed) {
-                Ok(_) => {
-                    let now = cell.load(SeqCst);
-                    if now == p {
-                        return Some(Ref(e, section));
-                    }
-                    release(e);
-                    break;
-                }
-                Err(m) => n = m,
-            }
+        match counts::count_in(&e.refs, cell, p) {
+            Counted::Yes => return Some(Ref(e, section)),
+            Counted::Late => release(e),
+            Counted::No => {}
         }
         p = cell.load(Acquire);
         if p.is_null() {
@@ -648,39 +633,22 @@ impl Moves {
         let mut t = Taken { e: e.clone(), numbers: Vec::new() };
         for fd in 0..=HIGHEST.load(Relaxed) {
             let mark = std::ptr::from_ref(&MOVING).cast_mut();
-            let cell = &TABLE[fd as usize];
-            // ORDERING [table.move] SeqCst; pairs with `take_ref`.
-            if cell.load(Relaxed) == p && cell.compare_exchange(p, mark, SeqCst, Relaxed).is_ok() {
+            if counts::mark(&TABLE[fd as usize], p, mark) {
                 t.numbers.push(fd as i32);
             }
         }
         // The numbers', the caller's, and `t`'s.
         let mine = t.numbers.len() as u32 + 2;
         let mut until = None;
-        let mut parked = false;
-        loop {
-            // No call comes to it any more. As many as there are now were all asleep a moment later: so each of them is, or
-            // was then.
-            // ORDERING [table.move] SeqCst; pairs with `take_ref`.
-            let refs = e.refs.load(SeqCst);
-            let asleep = e.sock.outward();
-            if refs == mine + asleep {
-                if asleep == 0 || parked {
-                    return Some(t);
-                }
-                // Once more: one may have woken up before it could find the socket there. It sends and ends, or sleeps.
-                parked = e.sock.park(fd);
-                if !parked {
-                    return None;
-                }
-                continue;
-            }
+        let wait = |parked: bool| {
             let now = engine::sys::now_ns();
             if !parked && now > *until.get_or_insert(now + SHORT_NS) {
-                return None;
+                return false;
             }
             engine::sys::yield_cpu();
-        }
+            true
+        };
+        counts::is_free(&e.refs, e.sock.outward(), mine, || e.sock.park(fd), wait).then_some(t)
     }
 }
 

@@ -4,10 +4,10 @@
 //! code that ships is what the loom models run.
 
 #[cfg(not(smc_loom))]
-pub use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize, fence};
+pub use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, fence};
 
 #[cfg(smc_loom)]
-pub use loom::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize, fence};
+pub use loom::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, fence};
 
 pub use std::sync::atomic::Ordering;
 
@@ -19,4 +19,40 @@ pub mod page {
 
     #[cfg(not(all(test, not(smc_loom))))]
     pub use super::{AtomicU32, AtomicU64};
+}
+
+/// Loads that are SeqCst.
+///
+/// loom takes SeqCst accesses for AcqRel ones and knows SeqCst fences. There a fence before the load stands for what
+/// SeqCst is for: a load does not miss a SeqCst store that came before it. It is more than that, for it covers stores of
+/// any ordering; so that the stores on both sides are SeqCst is said where they are, and no model sees it.
+/// The weakened twin (`cfg(smc_weak)`) is the load as loom takes it.
+pub trait LoadSeqCst {
+    /// What it holds.
+    type Value;
+
+    /// Loads it.
+    fn load_seq_cst(&self) -> Self::Value;
+}
+
+impl LoadSeqCst for AtomicU32 {
+    type Value = u32;
+
+    #[inline(always)]
+    fn load_seq_cst(&self) -> u32 {
+        #[cfg(all(smc_loom, not(smc_weak)))]
+        fence(Ordering::SeqCst);
+        self.load(Ordering::SeqCst)
+    }
+}
+
+impl<T> LoadSeqCst for AtomicPtr<T> {
+    type Value = *mut T;
+
+    #[inline(always)]
+    fn load_seq_cst(&self) -> *mut T {
+        #[cfg(all(smc_loom, not(smc_weak)))]
+        fence(Ordering::SeqCst);
+        self.load(Ordering::SeqCst)
+    }
 }

@@ -15,6 +15,7 @@
 use super::patience::Patience;
 use super::{Mapped, Socket, phase};
 use crate::arena::{self, Slot, rx_mode, tx_mode};
+use crate::counts;
 use crate::handshake::switch;
 use crate::lock;
 use crate::mem::layout::ctl;
@@ -229,9 +230,7 @@ impl Socket {
             return false;
         }
         crate::internal_fds::add(own);
-        // ORDERING [socket.parked] SeqCst, a Release among others; pairs with the load in `fd_now`. Carries: that the
-        // number is open. [table.outward]; pairs with `goes_outward`.
-        self.parked.store(own as u32 + 1, SeqCst);
+        counts::park_as(&self.parked, own as u32 + 1);
         true
     }
 
@@ -243,9 +242,7 @@ impl Socket {
     /// The number of the socket that the program knows, or knew, as `fd`.
     #[inline]
     pub fn fd_now(&self, fd: i32) -> i32 {
-        // ORDERING [socket.parked] SeqCst, an Acquire among others; pairs with the store in `park`. [table.outward]; a call
-        // that was counted when that looked sees it here.
-        match self.parked.load(SeqCst) {
+        match counts::parked_as(&self.parked) {
             0 => fd,
             own => own as i32 - 1,
         }

@@ -38,6 +38,7 @@ pub use waiting::{Nap, on_drained, sleep_with};
 
 use crate::arena::{self, Slot, each, rx_mode, tx_mode};
 use crate::config::{Threshold, config};
+use crate::counts;
 use crate::handshake::local::{Established, Rendezvous, RendezvousConfig, Step};
 use crate::lock;
 use crate::mem::layout::SidePage;
@@ -472,20 +473,17 @@ impl Socket {
 
     /// A call begins to sleep for room to send, or has ceased to.
     fn goes_outward(&self, begins: bool) {
-        // ORDERING [table.outward] SeqCst; pairs with `outward` and the store in `park`. Here: count off, look where the
-        // socket is. There: say where it is, look at the count.
         if begins {
-            self.outward.fetch_add(1, SeqCst);
+            counts::sleeps(&self.outward);
         } else {
-            self.outward.fetch_sub(1, SeqCst);
+            counts::wakes(&self.outward);
         }
     }
 
     /// Calls of this process that sleep until they can send, and are not to be told of anything else. Each finds the
     /// socket by [`fd_now`](Self::fd_now) when it goes on.
-    pub fn outward(&self) -> u32 {
-        // ORDERING [table.outward] SeqCst; pairs with `goes_outward`.
-        self.outward.load(SeqCst)
+    pub fn outward(&self) -> &AtomicU32 {
+        &self.outward
     }
 
     /// A call that moves bytes begins: count it, and move the upgrade on.
