@@ -257,11 +257,10 @@ unsafe fn wait(epfd: c_int, events: *mut epoll_event, max: c_int, call: Call) ->
     if inner || e.set.is_watching() {
         return Waiting { e: &e, epfd, out, call, asked: Cell::new(false), more: Cell::new(false) }.run(None);
     }
-    // ORDERING [epoll.watch] SeqCst; pairs with the fence in `Set::watch`.
-    e.set.fall_asleep();
+    e.set.sleepers.fall_asleep();
     let asked = !e.set.is_watching();
     let n = if asked { asleep(&e, false, &|| call.whole(epfd, events, max)) } else { 0 };
-    e.set.wake_up();
+    e.set.sleepers.wake_up();
     if asked && (n <= 0 || !e.set.is_watching()) {
         return n;
     }
@@ -273,7 +272,7 @@ unsafe fn wait(epfd: c_int, events: *mut epoll_event, max: c_int, call: Call) ->
 /// A wait of libc's for the set, which has been told that a thread falls asleep.
 fn asleep(e: &Ref, looked: bool, call: &dyn Fn() -> c_int) -> c_int {
     let mut undo = || {
-        e.set.wake_up();
+        e.set.sleepers.wake_up();
         e.entry().release();
     };
     wait_in_window(&mut undo, looked, call)
@@ -359,13 +358,13 @@ impl Waiting<'_> {
                     k = None;
                     continue;
                 }
-                set.fall_asleep();
+                set.sleepers.fall_asleep();
             }
             let left = deadline.map(|d| d.saturating_sub(sys::now_ns()));
             let (p, max) = (self.out.ptr(), self.out.max as c_int);
             if set.has_inner() && rings_inside(self.e.entry()) {
                 let n = asleep(self.e, true, &|| self.call.until_readable(self.epfd, left));
-                set.wake_up();
+                set.sleepers.wake_up();
                 if n < 0 {
                     return n;
                 }
@@ -376,7 +375,7 @@ impl Waiting<'_> {
                 continue;
             }
             let n = asleep(self.e, true, &|| self.call.rest(self.epfd, p, max, left));
-            set.wake_up();
+            set.sleepers.wake_up();
             if n <= 0 {
                 return n;
             }

@@ -7,3 +7,4 @@
 pub mod doorbell;
 #[cfg(not(smc_loom))]
 pub mod polling;
+pub mod sleepers;

@@ -367,7 +367,7 @@ fn insert(
     m.data = data;
     let (ev, dt) = known.unwrap_or_else(|| registration(m, id, &sock.sock, false));
     if dt != data {
-        e.set.watch();
+        e.set.sleepers.watch();
     }
     let r = if known.is_some() { 0 } else { sys::epoll_ctl(epfd, EPOLL_CTL_ADD, fd, ev, dt) };
     if r < 0 {
@@ -400,7 +400,7 @@ fn modify(set: &mut Inner, l: Link, sock: &Ref, epfd: i32, events: u32, data: u6
     (m.events, m.data, m.disabled) = (events, data, false);
     let (ev, dt) = registration(m, l.id, &sock.sock, false);
     if dt != data {
-        l.set.set.watch();
+        l.set.set.sleepers.watch();
     }
     // What the kernel knows does not change and needs no new look: only the ring's side does.
     let same = (ev, dt) == (m.kernel_events, m.kernel_data) && dt != data;
@@ -460,7 +460,7 @@ fn attach_all(set: &mut Inner, e: &'static Entry, epfd: i32, links: &[Link]) -> 
         let Some(bell) = sock.bell() else { continue };
         if m.bell.is_none() {
             if shared.is_none() {
-                e.set.watch();
+                e.set.sleepers.watch();
                 let mut r = sys::epoll_ctl(epfd, EPOLL_CTL_ADD, bell, BELL, data_of(l.id, true));
                 if r == EEXIST {
                     r = sys::epoll_ctl(epfd, EPOLL_CTL_MOD, bell, BELL, data_of(l.id, true));
@@ -545,7 +545,7 @@ fn bring_into_step(set: &mut Inner, l: Link, sock: &Socket, epfd: i32, blocked: 
     }
     m.space_owed &= !owed;
     if dt != m.data {
-        l.set.set.watch();
+        l.set.set.sleepers.watch();
     }
     let r = if (ev | m.kernel_events) & EXCLUSIVE != 0 {
         // The kernel changes no exclusive registration.

@@ -7,9 +7,10 @@
 use crate::fd_table::{self, Entry};
 use engine::lock;
 use engine::sys;
+use engine::wait::sleepers::Sleepers;
 use libc::epoll_event;
 use std::cell::UnsafeCell;
-use std::sync::atomic::{AtomicI32, AtomicU32, Ordering::*, fence};
+use std::sync::atomic::{AtomicI32, AtomicU32, Ordering::*};
 
 pub(super) const IN: u32 = (libc::EPOLLIN | libc::EPOLLRDNORM) as u32;
 pub(super) const OUT: u32 = (libc::EPOLLOUT | libc::EPOLLWRNORM) as u32;
@@ -327,10 +328,8 @@ fn is_writable(fd: i32) -> bool {
 pub struct Set {
     lock: AtomicU32,
     fd: AtomicI32,
-    /// The kernel knows members under our data, or did.
-    watching: AtomicU32,
-    /// Threads asleep in the kernel on this set, or about to be.
-    asleep: AtomicU32,
+    /// Threads that are asleep in the kernel on this set.
+    pub(super) sleepers: Sleepers,
     /// The set is in another set, a poll or a select: its members stay armed outside of waits.
     nested: AtomicU32,
     /// Other sets are in this one.
@@ -403,8 +402,7 @@ impl Set {
         Set {
             lock: AtomicU32::new(0),
             fd: AtomicI32::new(-1),
-            watching: AtomicU32::new(0),
-            asleep: AtomicU32::new(0),
+            sleepers: Sleepers::new(),
             nested: AtomicU32::new(0),
             has_inner: AtomicU32::new(0),
             waited: AtomicU32::new(0),
@@ -434,7 +432,8 @@ impl Set {
     /// It is the epoll fd `fd` from now on.
     pub fn init(&self, fd: i32) {
         self.fd.store(fd, Relaxed);
-        for w in [&self.watching, &self.asleep, &self.nested, &self.has_inner, &self.waited] {
+        self.sleepers.reset();
+        for w in [&self.nested, &self.has_inner, &self.waited] {
             w.store(0, Relaxed);
         }
         self.parent.store(0, Relaxed);
@@ -444,7 +443,7 @@ impl Set {
     pub fn after_fork_child(&self, parent: i32) {
         // SAFETY: the child has one thread, this one.
         let inner = unsafe { &mut *self.inner.get() };
-        self.asleep.store(0, Relaxed);
+        self.sleepers.forget();
         self.parent.store(parent, Relaxed);
         if self.lock.swap(0, Relaxed) != 0 {
             // Another thread of the parent was changing it: not to be trusted, not even to be freed.
@@ -511,31 +510,7 @@ impl Set {
     /// Whether results may carry our data.
     #[inline]
     pub(super) fn is_watching(&self) -> bool {
-        self.watching.load(SeqCst) != 0
-    }
-
-    /// Before the kernel is given our data for the first time.
-    pub(super) fn watch(&self) {
-        if self.watching.load(Relaxed) == 0 {
-            self.watching.store(1, SeqCst);
-        }
-        // ORDERING [epoll.watch] fence; pairs with the SeqCst increment in `fall_asleep`. Here: store
-        // watching, load asleep. There: store asleep, load watching. Either the sleeper translates what it
-        // gets, or we know of it.
-        fence(SeqCst);
-    }
-
-    /// A thread is about to sleep in the kernel.
-    #[inline]
-    pub(super) fn fall_asleep(&self) {
-        self.asleep.fetch_add(1, SeqCst);
-    }
-
-    /// It is back.
-    #[inline]
-    pub(super) fn wake_up(&self) {
-        // Never below zero: a forked child starts at none.
-        let _ = self.asleep.fetch_update(SeqCst, Relaxed, |n| n.checked_sub(1));
+        self.sleepers.is_watching()
     }
 
     /// `inner`, another set, has been put into this one.
@@ -562,7 +537,7 @@ impl Set {
     /// Whether somebody relies on the doorbells alone.
     #[inline]
     pub(super) fn others_sleep(&self) -> bool {
-        self.asleep.load(SeqCst) != 0 || self.nested.load(SeqCst) != 0
+        self.sleepers.are_there() || self.nested.load(SeqCst) != 0
     }
 }
 
