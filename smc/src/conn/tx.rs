@@ -137,10 +137,7 @@ impl Mapped<'_> {
     /// The bytes before `prod` are the peer's to read; with them it learns what was rung before.
     #[inline(always)]
     pub(super) fn publish(&self, prod: u64) {
-        // ORDERING [bell.order] Release; pairs with the Acquire in `Socket::rang`. Carries: those rings, which are in the
-        // kernel.
-        self.me.tx.rang.store(self.rang.load(Relaxed), Release);
-        ring::publish(&self.me.tx, prod, false);
+        doorbell::publish(&self.me.tx, prod, self.rang);
     }
 }
 
@@ -613,8 +610,7 @@ impl Socket {
                 }
             }
         });
-        // Relaxed: what comes after it in this thread, or in one that it tells, is published with it.
-        m.rang.fetch_add(1, Relaxed);
+        doorbell::has_rung(m.rang);
         r
     }
 

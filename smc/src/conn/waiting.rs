@@ -770,8 +770,7 @@ impl Socket {
     /// How many doorbells the peer's process had rung at this one before it produced what a look before this has found.
     #[inline]
     pub fn rang(&self) -> u32 {
-        // ORDERING [bell.order] Acquire; pairs with the Release in `Mapped::publish`.
-        self.mapped().map_or(0, |m| m.peer.tx.rang.load(Acquire))
+        self.mapped().map_or(0, |m| doorbell::rang(&m.peer.tx))
     }
 
     /// Producer's and consumer's cursors as they stand: they change when something has happened. That the stream

@@ -1,11 +1,43 @@
-//! Those who wait, and what they are told: a set's sleepers.
+//! Those who wait, and what they are told: doorbells of several connections, a set's sleepers.
 //!
-//! Each twin has the one edge of its model weakened: the fence of `Sleepers::watch` left out.
+//! Each twin has the one edge of its model weakened: the fence of `Sleepers::watch` left out, the
+//! orderings of bell.order relaxed.
 
-use super::model;
-use crate::wait::sleepers::Sleepers;
+use super::{SIZE, Shared, model};
+use crate::ring;
+use crate::sync::{AtomicU32, Ordering::*};
+use crate::wait::{doorbell, sleepers::Sleepers};
 use loom::sync::{Arc, Mutex, Notify};
 use loom::thread;
+
+/// Edge: bell.order. A peer rings the doorbell of another connection before each byte that it sends by this one. Whoever
+/// has asked the kernel for doorbells, then finds a byte, and no ring before it that is newer than his question, has
+/// been told of all rings before that byte. The kernel here orders nothing.
+#[test]
+fn loom_bell_order() {
+    model(|| {
+        let sh = Shared::new();
+        let kernel = Arc::new(AtomicU32::new(0));
+        let (other, bell) = (sh.clone(), kernel.clone());
+        let peer = thread::spawn(move || {
+            let rang = AtomicU32::new(0);
+            for n in 1..=2 {
+                bell.store(n, Relaxed);
+                doorbell::has_rung(&rang);
+                doorbell::publish(&other.page.side[0].tx, n.into(), &rang);
+            }
+        });
+        let tx = &sh.page.side[0].tx;
+        // As `before_catching_up`, the question, and `add_hot`.
+        let before = doorbell::rang(tx);
+        let told = kernel.load(Relaxed);
+        let found = ring::readable(tx, 0, SIZE).expect("a correct peer").bytes;
+        if found > 0 && doorbell::rang(tx) == before {
+            assert!(u64::from(told) >= found, "a ring came before what is told first");
+        }
+        peer.join().expect("no panic");
+    });
+}
 
 /// Edge: epoll.watch. A thread is about to sleep on a set, another gives the kernel data of ours for the set and then looks
 /// for sleepers, as `finish` does. The thread knows of our data before it sleeps, or is woken; and it knows in any case

@@ -12,9 +12,16 @@
 //! Stop and the armed bits share one word, so the one fence that a publication needs covers both: after it
 //! the producer knows whether somebody sleeps *and* whether the bytes it just published will be read.
 
-use crate::mem::layout::{SidePage, ctl};
+use crate::mem::layout::{SidePage, TxLine, ctl};
+use crate::ring;
 use crate::rules::{Rule, holds};
-use crate::sync::{AtomicU64, Ordering::*, fence};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, Ordering::*, fence};
+
+/// The orderings of [bell.order]; the twin under `cfg(smc_weak)` must fail the model.
+#[cfg(not(smc_weak))]
+const ORDER: [Ordering; 2] = [Release, Acquire];
+#[cfg(smc_weak)]
+const ORDER: [Ordering; 2] = [Relaxed, Relaxed];
 
 /// What a publication owes.
 #[must_use]
@@ -117,6 +124,30 @@ pub fn after_publish_with(
     fence(Acquire);
     let stop = word & (ctl::RX_STOP | ctl::RX_ASK) != 0 && holds(Rule::HeedAfterPublish);
     Owed { ring: taken || owes & Rings::OWED != 0, stop }
+}
+
+/// The bytes before `prod` are the peer's to read; with them it learns how many doorbells were `rang` before, of whichever
+/// connections.
+#[inline(always)]
+pub fn publish(me: &TxLine, prod: u64, rang: &AtomicU32) {
+    // ORDERING [bell.order] Release; pairs with the Acquire in `rang`. Carries: those rings, which are in the kernel.
+    // Model: loom_bell_order.
+    me.rang.store(rang.load(Relaxed), ORDER[0]);
+    ring::publish(me, prod, false);
+}
+
+/// A doorbell has been rung.
+#[inline]
+pub fn has_rung(rang: &AtomicU32) {
+    // Relaxed: what comes after it in this thread, or in one that it tells, is published with it.
+    rang.fetch_add(1, Relaxed);
+}
+
+/// How many doorbells the peer's process had rung at this one before it produced what a look before this has found.
+#[inline]
+pub fn rang(peer: &TxLine) -> u32 {
+    // ORDERING [bell.order] Acquire; pairs with the Release in `publish`.
+    peer.rang.load(ORDER[1])
 }
 
 /// Arms `bits`. The caller looks at what it waits for after this, and sleeps only if it has not come.
