@@ -21,7 +21,7 @@ use crate::lock;
 use crate::mem::layout::ctl;
 use crate::reason::Reason;
 use crate::ring;
-use crate::sync::{Ordering::*, fence};
+use crate::sync::Ordering::*;
 use crate::sys;
 use crate::wait::doorbell;
 
@@ -89,9 +89,7 @@ impl Socket {
         if self.phase.load(Relaxed) != phase::MAPPED {
             return;
         }
-        // ORDERING [bell.recheck] fence; pairs with the fence in `arm`. Here: store the mode, load writers. There: store
-        // writers, load the mode. One of the two sees the other's store.
-        fence(SeqCst);
+        doorbell::after_change();
         let reads = matches!(how, libc::SHUT_RD | libc::SHUT_RDWR) && s.is_slept_on();
         let writes = how == libc::SHUT_WR && s.wait.writers.load(Relaxed) != 0;
         if writes {

@@ -1,9 +1,10 @@
-//! Those who wait, and what they are told: doorbells of several connections, a set's sleepers.
+//! Those who wait, and what they are told: doorbells of several connections, a shutdown, a set's sleepers.
 //!
-//! Each twin has the one edge of its model weakened: the fence of `Sleepers::watch` left out, the
+//! Each twin has the one edge of its model weakened: the fences of `after_change` and of `Sleepers::watch` left out, the
 //! orderings of bell.order relaxed.
 
 use super::{SIZE, Shared, model};
+use crate::mem::layout::ctl;
 use crate::ring;
 use crate::sync::{AtomicU32, Ordering::*};
 use crate::wait::{doorbell, sleepers::Sleepers};
@@ -36,6 +37,34 @@ fn loom_bell_order() {
             assert!(u64::from(told) >= found, "a ring came before what is told first");
         }
         peer.join().expect("no panic");
+    });
+}
+
+/// Edge: bell.recheck, within an end. A thread is about to sleep for room when another shuts the direction: it sees
+/// that, or is woken. As `begin_sleep` and `after_shutdown`.
+#[test]
+fn loom_shutdown_wakes() {
+    const RING: u32 = 3;
+    const DONE: u32 = 5;
+    model(|| {
+        let sh = Shared::new();
+        let words = Arc::new((AtomicU32::new(RING), AtomicU32::new(0)));
+        let (other, w) = (sh.clone(), words.clone());
+        let writer = thread::spawn(move || {
+            let (mode, writers) = &*w;
+            writers.fetch_add(1, Relaxed);
+            doorbell::arm(&other.page.side[0], ctl::TX_ARMED);
+            if mode.load(Relaxed) == RING {
+                other.bell[0].wait();
+            }
+        });
+        let (mode, writers) = &*words;
+        mode.store(DONE, Release);
+        doorbell::after_change();
+        if writers.load(Relaxed) != 0 {
+            sh.bell[0].notify();
+        }
+        writer.join().expect("no panic");
     });
 }
 

@@ -150,6 +150,15 @@ pub fn rang(peer: &TxLine) -> u32 {
     peer.rang.load(ORDER[1])
 }
 
+/// After a word of this end's was changed that its own sleepers look at before they sleep: the caller looks for them next.
+#[inline]
+pub fn after_change() {
+    // ORDERING [bell.recheck] fence; pairs with the fence in `arm`. Here: store the mode, load writers. There: store
+    // writers, load the mode. One of the two sees the other's store. Model: loom_shutdown_wakes.
+    #[cfg(not(smc_weak))]
+    fence(SeqCst);
+}
+
 /// Arms `bits`. The caller looks at what it waits for after this, and sleeps only if it has not come.
 #[inline]
 pub fn arm(me: &SidePage, bits: u32) {
