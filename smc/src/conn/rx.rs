@@ -444,20 +444,14 @@ impl Socket {
     #[inline(always)]
     pub(super) fn look(&self, s: &Slot, m: &Mapped<'_>) -> Result<Readable, ring::PeerMisbehaved> {
         let stop = (s.rx.stopped.load(Acquire) != 0).then(|| s.rx.stop_at.load(Relaxed));
-        // ORDERING [rx.promise] Acquire; pairs with the Release in `promise`. Carries: that `prod` was no less.
-        let promised = self.promised.load(Acquire);
-        let cons = s.rx.cons.load(Relaxed);
-        let r = switch::ring_take(m.peer, cons, m.rxbuf.size(), stop)?;
-        if cons + r.bytes < promised && stop.is_none() { Err(ring::PeerMisbehaved) } else { Ok(r) }
+        switch::ring_look(m.peer, &self.promised, &s.rx.cons, m.rxbuf.size(), stop)
     }
 
     /// The program has been told of `bytes` from `cons` on, and may count on finding them: a peer that takes them
     /// back, so that a read which was not to wait waits for ever, is found out by [`Socket::look`].
     #[inline(always)]
     pub(super) fn promise(&self, cons: u64, bytes: u64) {
-        // ORDERING [rx.promise] Release; pairs with the Acquire in `look`. A late store of a lower cursor than another
-        // thread's promises less, and no more.
-        self.promised.store(cons + bytes, Release);
+        switch::promise(&self.promised, cons + bytes);
     }
 
     /// What TCP_INQ tells: the bytes that are here and unread; 1 where there are none and the stream has ended

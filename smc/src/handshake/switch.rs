@@ -35,8 +35,14 @@
 use crate::mem::layout::SidePage;
 use crate::ring::{self, PeerMisbehaved, Readable};
 use crate::rules::{Rule, holds};
-use crate::sync::Ordering::*;
+use crate::sync::{AtomicU64, Ordering, Ordering::*};
 use crate::wait::doorbell;
+
+/// The orderings of [rx.promise]; the twin under `cfg(smc_weak)` must fail the model.
+#[cfg(not(smc_weak))]
+const PROMISE: [Ordering; 2] = [Release, Acquire];
+#[cfg(smc_weak)]
+const PROMISE: [Ordering; 2] = [Relaxed, Relaxed];
 
 /// S: "the stream leaves TCP at offset `at`". Precedes the send of the byte before `at`.
 pub fn announce(me: &SidePage, at: u64) {
@@ -98,6 +104,31 @@ pub fn ring_take(
         Some(until) if r.bytes >= until && holds(Rule::TakeToStop) => Readable { bytes: until, left: true },
         _ => r,
     })
+}
+
+/// As [`ring_take`], by a thread of R that may look without R's lock, at R's own cursor `cons`. A peer that has taken back
+/// what was [promised](promise) is found out.
+#[inline(always)]
+pub fn ring_look(
+    peer: &SidePage,
+    promised: &AtomicU64,
+    cons: &AtomicU64,
+    size: u64,
+    stop: Option<u64>,
+) -> Result<Readable, PeerMisbehaved> {
+    // ORDERING [rx.promise] Acquire; pairs with the Release in `promise`. Carries: that `prod` was no less.
+    let promised = promised.load(PROMISE[1]);
+    let cons = cons.load(Relaxed);
+    let r = ring_take(peer, cons, size, stop)?;
+    if cons + r.bytes < promised && stop.is_none() { Err(PeerMisbehaved) } else { Ok(r) }
+}
+
+/// The program has been told that the ring is filled up to `cursor`.
+#[inline(always)]
+pub fn promise(promised: &AtomicU64, cursor: u64) {
+    // ORDERING [rx.promise] Release; pairs with the Acquire in `ring_look`. A late store of a lower cursor than another
+    // thread's promises less, and no more. Model: loom_promise.
+    promised.store(cursor, PROMISE[0]);
 }
 
 /// R: leaves the ring at the last byte it has seen (`keep`), or at once. Returns the stop cursor; `None`:

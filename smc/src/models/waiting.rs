@@ -1,12 +1,13 @@
-//! Those who wait, and what they are told: doorbells of several connections, a shutdown, a set's sleepers.
+//! Those who wait, and what they are told: doorbells of several connections, a shutdown, a set's sleepers, a promise.
 //!
 //! Each twin has the one edge of its model weakened: the fences of `after_change` and of `Sleepers::watch` left out, the
-//! orderings of bell.order relaxed.
+//! orderings of bell.order and rx.promise relaxed.
 
 use super::{SIZE, Shared, model};
+use crate::handshake::switch;
 use crate::mem::layout::ctl;
 use crate::ring;
-use crate::sync::{AtomicU32, Ordering::*};
+use crate::sync::{AtomicU32, AtomicU64, Ordering::*};
 use crate::wait::{doorbell, sleepers::Sleepers};
 use loom::sync::{Arc, Mutex, Notify};
 use loom::thread;
@@ -101,5 +102,58 @@ fn loom_watch_against_a_sleeper() {
         waiter.join().expect("no panic");
         second.join().expect("no panic");
         assert!(!set.0.are_there());
+    });
+}
+
+/// Edge: rx.promise. One thread polls and promises the program what it sees, without the lock; another receives under it,
+/// and does not find a correct peer to have taken anything back. (A look without the lock may be of cursors that do not
+/// belong together, and finds the peer impossible: whoever looks so takes it for a reason to look under the lock.) As
+/// `look_at` and `take`.
+#[test]
+fn loom_promise() {
+    struct Receiver {
+        sh: Arc<Shared>,
+        promised: AtomicU64,
+        cons: AtomicU64,
+        lock: Mutex<()>,
+    }
+    impl Receiver {
+        fn look(&self) -> Result<ring::Readable, ring::PeerMisbehaved> {
+            switch::ring_look(&self.sh.page.side[0], &self.promised, &self.cons, SIZE, None)
+        }
+
+        fn poll(&self) {
+            let cons = self.cons.load(Relaxed);
+            if let Ok(r) = self.look()
+                && r.bytes > 0
+            {
+                switch::promise(&self.promised, cons + r.bytes);
+            }
+        }
+
+        fn take(&self, most: u64) {
+            let _g = self.lock.lock().expect("no poison");
+            let n = self.look().expect("a correct peer").bytes.min(most);
+            self.cons.store(self.cons.load(Relaxed) + n, Relaxed);
+        }
+    }
+    model(|| {
+        let sh = Shared::new();
+        let (promised, cons, lock) = (AtomicU64::new(0), AtomicU64::new(0), Mutex::new(()));
+        let r = Arc::new(Receiver { sh: sh.clone(), promised, cons, lock });
+        let peer = thread::spawn(move || {
+            for n in 1..=2 {
+                ring::publish(&sh.page.side[0].tx, n, false);
+            }
+        });
+        let q = r.clone();
+        let poller = thread::spawn(move || {
+            q.poll();
+            q.poll();
+        });
+        r.take(1);
+        r.take(2);
+        poller.join().expect("no panic");
+        peer.join().expect("no panic");
     });
 }
