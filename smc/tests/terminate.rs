@@ -9,8 +9,8 @@ use smc::LinkGroup;
 use smc::net::{Builder, Listener, Mode, Stream, UpgradeAfter};
 use std::io::{BufRead as _, BufReader, Read, Write};
 use std::process::{Command, Stdio};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::*};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -120,19 +120,26 @@ fn terminate(stop: &AtomicBool, sums: &Sums) {
 }
 
 /// Threads that answer, one for each stream at a time, until they are told to end and woken.
-fn answering(listener: Listener, threads: usize, stop: &'static AtomicBool) -> Vec<thread::JoinHandle<()>> {
-    let listener: &Mutex<Listener> = Box::leak(Box::new(Mutex::new(listener)));
-    let one = move || {
-        while !stop.load(Acquire) {
-            let s = listener.lock().unwrap().accept().unwrap().0;
-            answer(s);
-        }
+fn answering(listener: Listener, threads: usize, stop: &Arc<AtomicBool>) -> Vec<thread::JoinHandle<()>> {
+    let listener = Arc::new(Mutex::new(listener));
+    let one = |_| {
+        let (listener, stop) = (listener.clone(), stop.clone());
+        thread::spawn(move || {
+            while !stop.load(Acquire) {
+                let s = listener.lock().unwrap().accept().unwrap().0;
+                answer(s);
+            }
+        })
     };
-    (0..threads).map(|_| thread::spawn(one)).collect()
+    (0..threads).map(one).collect()
 }
 
-fn terminating(stop: &'static AtomicBool, sums: &'static Sums) -> Vec<thread::JoinHandle<()>> {
-    (0..TERMINATORS).map(|_| thread::spawn(move || terminate(stop, sums))).collect()
+fn terminating(stop: &Arc<AtomicBool>, sums: &Arc<Sums>) -> Vec<thread::JoinHandle<()>> {
+    let one = |_| {
+        let (stop, sums) = (stop.clone(), sums.clone());
+        thread::spawn(move || terminate(&stop, &sums))
+    };
+    (0..TERMINATORS).map(one).collect()
 }
 
 fn ended(threads: Vec<thread::JoinHandle<()>>) {
@@ -170,9 +177,9 @@ fn open_fds() -> Vec<String> {
 fn the_other_process() {
     let listener = builder().listen("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    let (stop, sums): (&AtomicBool, &Sums) = (Box::leak(Box::default()), Box::leak(Box::default()));
-    let mut threads = answering(listener, STREAMS / 2, stop);
-    threads.extend(terminating(stop, sums));
+    let (stop, sums) = (Arc::new(AtomicBool::new(false)), Arc::new(Sums::default()));
+    let mut threads = answering(listener, STREAMS / 2, &stop);
+    threads.extend(terminating(&stop, &sums));
     println!("\naddress {address}");
     std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
     stop.store(true, Release);
@@ -201,27 +208,27 @@ fn groups_are_terminated_under_their_streams() {
         .unwrap();
     let mut lines = BufReader::new(other.stdout.take().unwrap()).lines();
     let there = lines.find_map(|l| l.unwrap().strip_prefix("address ").map(String::from)).unwrap();
-    let (stop, sums): (&AtomicBool, &Sums) = (Box::leak(Box::default()), Box::leak(Box::default()));
+    let (stop, sums) = (Arc::new(AtomicBool::new(false)), Arc::new(Sums::default()));
     // One stream first: what a process keeps for its first is there.
-    ask(&there, 0, &mut Random(1), sums);
-    let listener = builder().listen("127.0.0.1:0").unwrap();
-    // The listener stays.
+    ask(&there, 0, &mut Random(1), &sums);
     let before = open_fds();
+    let listener = builder().listen("127.0.0.1:0").unwrap();
     let here = listener.local_addr().unwrap().to_string();
-    let mut threads = answering(listener, STREAMS / 2, stop);
+    let mut threads = answering(listener, STREAMS / 2, &stop);
     static ASKED: AtomicU64 = AtomicU64::new(1);
     let end = Instant::now() + seconds();
     let asking = (0..STREAMS).map(|i| {
         let address = if i % 2 == 0 { here.clone() } else { there.clone() };
+        let sums = sums.clone();
         thread::spawn(move || {
             let mut random = Random(i as u64 + 7);
             while Instant::now() < end {
-                ask(&address, ASKED.fetch_add(1, Relaxed), &mut random, sums);
+                ask(&address, ASKED.fetch_add(1, Relaxed), &mut random, &sums);
             }
         })
     });
     let asking = asking.collect();
-    threads.extend(terminating(stop, sums));
+    threads.extend(terminating(&stop, &sums));
     ended(asking);
     stop.store(true, Release);
     wake(&here, STREAMS / 2);
