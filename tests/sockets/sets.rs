@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicI32, AtomicU32, Ordering::Relaxed};
 
 /// The table of this file.
 pub const SCENARIOS: &[Scenario] = &[
+    s!(in_a_set_for_each_wait),
+    s!(in_a_set_of_its_own_for_each_wait),
     s!(closed_here_open_in_a_child).procs(),
     s!(closed_here_and_child_waits).procs(),
     s!(child_waits_on_the_parents_set).procs(),
@@ -635,4 +637,45 @@ fn changed_by_another_while_busy(w: &World) {
     log!("{}", now(ep));
     w.far(&c, "put 5");
     log!("{} {}", soon(ep), c.get(5));
+}
+
+/// The connection does not block, and is in a set while the program waits, and in none while it moves bytes.
+fn in_sets_now_and_then(w: &World, set: &dyn Fn(i32) -> i32, after: &dyn Fn(i32, i32)) {
+    let mut c = w.cold_on("4");
+    sys::set_nonblocking(c.fd, true);
+    for i in 0..150 {
+        w.start_far(&c, "delayput 20 1");
+        let set = set(c.fd);
+        let told = sys::show_epoll(sys::epoll_wait(set, 8, 10_000));
+        after(set, c.fd);
+        let (far, got) = (w.finish(), c.get(20));
+        w.start_far(&c, "get 10");
+        log!("{i} {told} {far} {got}, {} {}", c.put(10), w.finish());
+    }
+    sys::set_nonblocking(c.fd, false);
+    w.still_good(&mut c);
+}
+
+/// As coroutines of eventlet do.
+fn in_a_set_for_each_wait(w: &World) {
+    let ep = sys::epoll_create();
+    let add = |fd| {
+        sys::epoll_add(ep, fd, EPOLLIN, 4);
+        ep
+    };
+    in_sets_now_and_then(w, &add, &|ep, fd| {
+        log!("{}", show(sys::epoll_ctl(ep, EPOLL_CTL_DEL, fd, 0, 0)));
+    });
+}
+
+/// As a selector that is made for one wait.
+fn in_a_set_of_its_own_for_each_wait(w: &World) {
+    let add = |fd| {
+        let ep = sys::epoll_create();
+        sys::epoll_add(ep, fd, EPOLLIN, 4);
+        ep
+    };
+    in_sets_now_and_then(w, &add, &|ep, _| {
+        log!("{}", show(sys::close(ep)));
+    });
 }

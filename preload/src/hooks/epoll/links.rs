@@ -190,6 +190,13 @@ fn registration(m: &Member, id: u32, sock: &Socket, keep: bool) -> (u32, u64) {
     (events, data_of(id, false))
 }
 
+/// The connection leaves a set. Some programs have it in one for each wait, and in none when they move bytes.
+fn note_wait(set: &Set, sock: &Socket) {
+    if set.is_waited_for() {
+        sock.note_wait();
+    }
+}
+
 /// epoll_ctl(2) on a connection, with both locks held for the change. Minus errno on failure.
 ///
 /// # Safety
@@ -232,6 +239,9 @@ pub(super) unsafe fn control(
         .iter()
         .position(|l| l.set.id() == e.id() && set.get(l.id).is_some_and(|m| m.fd == fd && !m.ghost));
     let parked = at.and_then(|at| set.get(links.get(at)?.id)).is_some_and(|m| m.parked);
+    if op == EPOLL_CTL_DEL && at.is_some() {
+        note_wait(&e.set, &sock.sock);
+    }
     let r = match (op, at) {
         (EPOLL_CTL_DEL | EPOLL_CTL_MOD, Some(_)) if parked => ENOENT,
         (EPOLL_CTL_DEL, Some(at)) if links.get(at).is_some_and(|l| park(&mut set, *l)) => 0,
@@ -784,7 +794,11 @@ impl Set {
         drop(set);
         for e in entries {
             if let Some(mut links) = e.members.locked() {
+                let before = links.len();
                 links.retain(|l| !std::ptr::eq(&l.set.set, self));
+                if links.len() < before {
+                    note_wait(self, &e.sock);
+                }
             }
         }
     }
