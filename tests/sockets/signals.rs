@@ -33,7 +33,8 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(signal_while_looking).slow(),
     s!(signal_while_looking_in_poll).slow(),
     s!(signal_while_looking_in_epoll).slow(),
-    s!(signal_while_looking_for_space).slow(),
+    // A stream that leaves its full ring finds room in TCP, and the byte that is to wait is sent.
+    s!(signal_while_looking_for_space).slow().unforced(),
     s!(restart_beside_another_handler),
     s!(actions_are_the_programs),
     s!(action_changes_under_fire),
