@@ -93,12 +93,10 @@ static OURS: AtomicPtr<Vec<(&'static CStr, usize)>> = AtomicPtr::new(std::ptr::n
 /// Before main: what is loaded with the program is bound in the program's scope, and need not be looked through.
 pub fn start() {
     let Some(_g) = lock::try_lock(&LOCK) else { return };
-    let mut now = [0u64; 2];
     let mut done = Box::<Vec<(usize, usize)>>::default();
     // SAFETY: the callback matches, and the list outlives the call.
     unsafe { libc::dl_iterate_phdr(Some(with_program), (&raw mut *done).cast()) };
-    // SAFETY: as in `look`.
-    unsafe { libc::dl_iterate_phdr(Some(counts), (&raw mut now).cast()) };
+    let now = counts();
     DONE.store(Box::into_raw(done), Relaxed);
     SEEN[0].store(now[0], Relaxed);
     SEEN[1].store(now[1], Relaxed);
@@ -199,18 +197,23 @@ pub fn look() {
 /// Looks at the libraries that are new since the last look; whether it saw them all.
 #[cold]
 fn look_now() -> bool {
-    let mut now = [0u64; 2];
-    // SAFETY: the callback matches, and gets two words that outlive the call.
-    unsafe { libc::dl_iterate_phdr(Some(counts), (&raw mut now).cast()) };
+    let now = counts();
     // Relaxed: the counts only say that a look is due; what it looks at is guarded by the loader's lock.
     (SEEN[0].load(Relaxed) == now[0] && SEEN[1].load(Relaxed) == now[1]) || look_through(now)
 }
 
-/// The first library tells of all.
-unsafe extern "C" fn counts(info: *mut dl_phdr_info, _: size_t, out: *mut c_void) -> c_int {
-    // SAFETY: the loader's, and `look`'s words.
-    unsafe { out.cast::<[u64; 2]>().write([(*info).dlpi_adds, (*info).dlpi_subs]) };
-    1
+/// How many libraries have been loaded, and how many unloaded.
+pub fn counts() -> [u64; 2] {
+    /// The first library tells of all.
+    unsafe extern "C" fn first(info: *mut dl_phdr_info, _: size_t, out: *mut c_void) -> c_int {
+        // SAFETY: the loader's, and the words below.
+        unsafe { out.cast::<[u64; 2]>().write([(*info).dlpi_adds, (*info).dlpi_subs]) };
+        1
+    }
+    let mut now = [0u64; 2];
+    // SAFETY: the callback matches, and gets two words that outlive the call.
+    unsafe { libc::dl_iterate_phdr(Some(first), (&raw mut now).cast()) };
+    now
 }
 
 struct Search<'a> {

@@ -29,12 +29,13 @@
 use super::direct::{self, quiet};
 use super::fdops;
 use super::sockets::hand_over_here;
+use super::uring::{MOST_ENTRIES, OP_EPOLL_CTL};
 use crate::fd_table;
 use crate::hook::{errno, set_errno, settings};
 use engine::lock;
 use engine::reason::Reason;
 use engine::sys::is_accessible;
-use libc::{Dl_info, c_char, c_int, c_void, dl_phdr_info, size_t};
+use libc::{Dl_info, c_char, c_int, c_void};
 use std::ffi::CStr;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::*};
 
@@ -43,12 +44,9 @@ const SETUP_SQE128: u32 = 1 << 10;
 const FIXED_FILE: u8 = 1 << 0;
 const OP_SENDMSG: u8 = 9;
 const OP_FILES_UPDATE: u8 = 20;
-const OP_EPOLL_CTL: u8 = 29;
 const OP_SPLICE: u8 = 30;
 const OP_TEE: u8 = 33;
 const OP_SENDMSG_ZC: u8 = 48;
-/// IORING_MAX_ENTRIES.
-const MOST_ENTRIES: u32 = 32768;
 /// IORING_MAX_FIXED_FILES.
 const MOST_FILES: usize = 1 << 20;
 
@@ -249,7 +247,7 @@ pub fn after_fork_child() {
 
 #[cold]
 fn found_for(which: usize, caller: usize) -> usize {
-    let now = unloaded();
+    let now = crate::deep::counts()[1] as usize;
     let key = [which, caller, now];
     if let Some(_g) = lock::try_lock(&LAST_LOCK) {
         // Relaxed: under the lock.
@@ -316,19 +314,6 @@ fn symbol_of(path: *const c_char, name: &CStr) -> usize {
 
 extern "C" fn missing() -> c_int {
     -libc::ENOSYS
-}
-
-/// How many libraries have been unloaded.
-fn unloaded() -> usize {
-    unsafe extern "C" fn first(info: *mut dl_phdr_info, _: size_t, out: *mut c_void) -> c_int {
-        // SAFETY: the loader's, and the word below.
-        unsafe { out.cast::<usize>().write((*info).dlpi_subs as usize) };
-        1
-    }
-    let mut n = 0usize;
-    // SAFETY: the callback matches, and its word outlives the call.
-    unsafe { libc::dl_iterate_phdr(Some(first), (&raw mut n).cast()) };
-    n
 }
 
 /// Entries that keep the arguments, ask [`before`], and jump.

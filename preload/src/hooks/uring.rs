@@ -92,9 +92,9 @@ const SQ_NEED_WAKEUP: u32 = 1 << 0;
 /// entry does with them is another operation, or has one of the fields that [`Sqe::is_plain`] wants to be zero.
 const REGISTERED: std::ops::RangeInclusive<u32> = 0..=10;
 const OP_NOP: u8 = 0;
-const OP_EPOLL_CTL: u8 = 29;
+pub(super) const OP_EPOLL_CTL: u8 = 29;
 /// IORING_MAX_ENTRIES.
-const MOST_ENTRIES: u32 = 32768;
+pub(super) const MOST_ENTRIES: u32 = 32768;
 /// No offset in the part of a ring that comes before its entries is as large.
 const FAR: u32 = 1 << 20;
 
