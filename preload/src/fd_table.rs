@@ -408,6 +408,7 @@ pub fn add_stream(fd: i32, role: engine::conn::Side, nonblock: bool) {
         return;
     }
     crate::deep::look();
+    crate::hooks::unseen::follow();
     forget(fd);
     if let Some(r) = fresh(Kind::Stream)
         && r.sock.init(role, nonblock)

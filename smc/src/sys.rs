@@ -595,6 +595,22 @@ pub fn is_file(fd: i32) -> bool {
     r == 0 && matches!(st.st_mode & libc::S_IFMT, libc::S_IFREG | libc::S_IFBLK)
 }
 
+/// Whether `fd` is a ring of io_uring, by its name in /proc. False also where there is none.
+pub fn is_ring(fd: i32) -> bool {
+    // "/proc/self/fd/" and the digits, NUL-terminated.
+    let mut path = [0u8; 32];
+    let name = format!("/proc/self/fd/{fd}");
+    path[..name.len()].copy_from_slice(name.as_bytes());
+    let want = b"anon_inode:[io_uring]";
+    let mut b = [0u8; 32];
+    let at = libc::AT_FDCWD as usize;
+    // SAFETY: the path is NUL-terminated, `b` writable for its length.
+    let n = unsafe {
+        syscall6(libc::SYS_readlinkat, at, path.as_ptr() as usize, b.as_mut_ptr() as usize, b.len(), 0, 0)
+    };
+    n == want.len() as isize && b.starts_with(want)
+}
+
 /// Threads of this process: the links of its task folder beyond those that every folder has
 /// (proc_task_getattr, fs/proc/base.c). Needs no descriptor, which another thread might close. `None`: no /proc.
 pub fn threads() -> Option<u64> {

@@ -120,7 +120,7 @@ macro_rules! call {
     }};
 }
 
-struct Ring {
+pub struct Ring {
     scope: Scope,
     memory: Memory,
 }
@@ -128,6 +128,17 @@ struct Ring {
 impl Ring {
     fn new(flags: c_uint) -> Option<Ring> {
         Self::within(Scope::program()?, flags)
+    }
+
+    /// By functions that were looked up in liburing itself, where nothing comes before it.
+    pub fn found() -> Option<Ring> {
+        // SAFETY: NUL-terminated.
+        let l = unsafe { libc::dlopen(c"liburing.so.2".as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+        if l.is_null() {
+            none();
+            return None;
+        }
+        Self::within(Scope(l), 0)
     }
 
     fn within(scope: Scope, flags: c_uint) -> Option<Ring> {
@@ -222,7 +233,7 @@ fn poll(fd: i32) -> Entry {
 }
 
 /// Bytes that come while the ring waits for them, and a way back.
-fn moves(w: &World, c: &mut Conn, r: &mut Ring, flags: u8, fd: i32) {
+fn moves_by(w: &World, c: &mut Conn, r: &mut Ring, flags: u8, fd: i32) {
     let mut b = [0; 1000];
     r.put(Entry { flags, ..recv(fd, &mut b) }, 1);
     log!("{}", r.submit());
@@ -234,15 +245,20 @@ fn moves(w: &World, c: &mut Conn, r: &mut Ring, flags: u8, fd: i32) {
     log!("far {}", w.far(c, "get 700"));
 }
 
+/// The connection is named by its number.
+pub fn moves(w: &World, c: &mut Conn, r: &mut Ring) {
+    let fd = c.fd;
+    moves_by(w, c, r, 0, fd);
+}
+
 fn moves_bytes_in_the_middle(w: &World) {
     let mut c = w.pair();
     w.still_good(&mut c);
     let Some(mut r) = Ring::new(0) else { return };
-    let fd = c.fd;
-    moves(w, &mut c, &mut r, 0, fd);
+    moves(w, &mut c, &mut r);
     w.still_good(&mut c);
     // Again by the ring, after libc's calls.
-    moves(w, &mut c, &mut r, 0, fd);
+    moves(w, &mut c, &mut r);
     w.still_good(&mut w.pair());
 }
 
@@ -348,7 +364,7 @@ fn registers_it_as_a_file(w: &World) {
         "{}",
         call!(r.scope, c"io_uring_register_files"(at => *mut u64, list.as_ptr() => *const c_int, 2 => c_uint) -> c_int)
     );
-    moves(w, &mut c, &mut r, FIXED_FILE, 1);
+    moves_by(w, &mut c, &mut r, FIXED_FILE, 1);
     w.still_good(&mut c);
 }
 
@@ -382,7 +398,7 @@ fn updates_files_with_it(w: &World) {
         )
     );
     for (c, index) in [(&mut c, 1), (&mut d, 0), (&mut e, 3)] {
-        moves(w, c, &mut r, FIXED_FILE, index);
+        moves_by(w, c, &mut r, FIXED_FILE, index);
         w.still_good(c);
     }
 }
@@ -467,8 +483,7 @@ fn read_by_a_thread(w: &World) {
     let mut c = w.pair();
     let Some(mut r) = Ring::new(SQPOLL) else { return };
     w.still_good(&mut c);
-    let fd = c.fd;
-    moves(w, &mut c, &mut r, 0, fd);
+    moves(w, &mut c, &mut r);
     w.still_good(&mut c);
 }
 
@@ -477,8 +492,7 @@ fn large_entries(w: &World) {
     let Some(mut r) = Ring::new(SQE128) else { return };
     // The first entry is a NOP, so that the second is not where the first is.
     log!("{}", r.run(Entry { fd: -1, ..Entry::default() }, 5));
-    let fd = c.fd;
-    moves(w, &mut c, &mut r, 0, fd);
+    moves(w, &mut c, &mut r);
     w.still_good(&mut c);
 }
 

@@ -44,6 +44,10 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(linked_changes),
     s!(under_a_registered_number),
     s!(refused_by_the_file),
+    s!(unseen_before_the_connection_is).plain(),
+    s!(unseen_among_many_files).plain(),
+    s!(unseen_in_the_middle),
+    s!(unseen_found_by_dlsym).plain(),
 ];
 
 /// A ring made by its system calls alone.
@@ -53,6 +57,8 @@ pub struct Uring {
     cq: *mut u8,
     sqes: *mut u8,
     p: [u32; 30],
+    /// By instructions, that no library hears of.
+    unseen: bool,
 }
 
 // SAFETY: its pointers are to mappings that nobody takes away; who fills it sees to it that he is alone.
@@ -91,6 +97,16 @@ fn change(set: i32, op: i32, fd: i32, e: &epoll_event, data: u64) -> [u8; 64] {
     entry(OP_EPOLL_CTL, set, fd as u64, std::ptr::from_ref(e) as u64, op as u32, data)
 }
 
+/// A system call that moves no numbers of descriptors but a ring's.
+fn call(unseen: bool, nr: i64, a: [usize; 6]) -> Res {
+    if !unseen {
+        return number(nr, a);
+    }
+    // SAFETY: a ring's, whose parameters are the caller's.
+    let r = unsafe { sys::by_instruction(nr, a) };
+    if r < 0 { Err(-r as i32) } else { Ok(r) }
+}
+
 impl Uring {
     pub fn new() -> Result<Uring, i32> {
         Self::with(8)
@@ -101,17 +117,22 @@ impl Uring {
     }
 
     fn made(entries: usize, flags: u32, idle: u32) -> Result<Uring, i32> {
+        Self::made_so(entries, flags, idle, false)
+    }
+
+    fn made_so(entries: usize, flags: u32, idle: u32, unseen: bool) -> Result<Uring, i32> {
         // struct io_uring_params: 10 words, then the offsets of the two rings, 10 words each.
         let mut p = [0u32; 30];
         (p[2], p[4]) = (flags, idle);
-        let fd = number(libc::SYS_io_uring_setup, [entries, p.as_mut_ptr() as usize, 0, 0, 0, 0])? as i32;
+        let how = [entries, p.as_mut_ptr() as usize, 0, 0, 0, 0];
+        let fd = call(unseen, libc::SYS_io_uring_setup, how)? as i32;
         let map = |len: u32, at: i64| {
             let prot = libc::PROT_READ | libc::PROT_WRITE;
             // SAFETY: a fresh mapping of what the kernel has made for this.
             unsafe { libc::mmap(std::ptr::null_mut(), len as usize, prot, libc::MAP_SHARED, fd, at) }.cast()
         };
         let (sq, cq) = (map(p[16] + p[0] * 4, 0), map(p[25] + p[1] * 16, 0x800_0000));
-        Ok(Uring { fd, sq, cq, sqes: map(p[0] * 64, 0x1000_0000), p })
+        Ok(Uring { fd, sq, cq, sqes: map(p[0] * 64, 0x1000_0000), p, unseen })
     }
 
     fn word(&self, base: *mut u8, at: u32) -> &AtomicU32 {
@@ -137,7 +158,7 @@ impl Uring {
     }
 
     fn enter(&self, submit: usize, min: usize, flags: usize) -> Res {
-        number(libc::SYS_io_uring_enter, [self.fd as usize, submit, min, flags, 0, 0])
+        call(self.unseen, libc::SYS_io_uring_enter, [self.fd as usize, submit, min, flags, 0, 0])
     }
 
     /// The next completion: data and result.
@@ -818,4 +839,79 @@ fn with_flags_that_nobody_knows(w: &World) {
     log!("{}", u.ctl(set, EPOLL_CTL_ADD, c.fd, EPOLLIN, 1));
     tells(w, &mut c, set);
     w.still_good(&mut c);
+}
+
+/// A ring made by instructions, unless the kernel has none to give.
+fn unseen() -> Option<Uring> {
+    match Uring::made_so(8, 0, 0, true) {
+        Ok(u) => Some(u),
+        Err(e) => {
+            log!("io_uring_setup {}", sys::errno_name(e));
+            None
+        }
+    }
+}
+
+/// Bytes by libc's calls, by the ring, and again, each way.
+fn in_turn(w: &World, c: &mut Conn, u: &Uring) {
+    for n in 0..3 {
+        w.still_good(c);
+        let b = c.next(700);
+        u.put(entry(OP_SEND, c.fd, 0, b.as_ptr() as u64, 700, n));
+        log!("{} {}", show(u.enter(1, 1, GETEVENTS)), u.comes());
+        log!("far {}", w.far(c, "get 700"));
+        let mut b = [0; 400];
+        u.put(entry(OP_RECV, c.fd, 0, b.as_mut_ptr() as u64, 400, n));
+        log!("{}", show(u.enter(1, 0, 0)));
+        w.start_far(c, "put 400");
+        log!("{} {}", u.comes(), w.finish());
+        log!("{}", c.checked(Ok(400), &b));
+    }
+}
+
+/// As a program does that has liburing linked into it.
+fn unseen_before_the_connection_is(w: &World) {
+    let Some(u) = unseen() else { return };
+    let mut c = w.pair();
+    in_turn(w, &mut c, &u);
+    in_turn(w, &mut w.pair(), &u);
+}
+
+/// Its number is that of a file which has been closed, among those of others.
+fn unseen_among_many_files(w: &World) {
+    let open = || std::fs::File::options().read(true).write(true).open("/dev/null").expect("a file");
+    let mut files: Vec<_> = (0..60).map(|_| open()).collect();
+    let sockets: Vec<_> = (0..20).map(|_| sys::unix_pair(libc::SOCK_STREAM)).collect();
+    drop(files.remove(47));
+    let Some(u) = unseen() else { return };
+    // The ring's turn comes, if not at once, with one of these.
+    for _ in 0..8 {
+        w.still_good(&mut w.pair());
+    }
+    let mut c = w.pair();
+    in_turn(w, &mut c, &u);
+    for s in sockets {
+        let _ = s.map(sys::close);
+    }
+}
+
+/// A connection is in memory; the ring is found when there is another.
+fn unseen_in_the_middle(w: &World) {
+    let mut c = w.pair();
+    w.still_good(&mut c);
+    let Some(u) = unseen() else { return };
+    w.still_good(&mut c);
+    w.still_good(&mut w.pair());
+    w.still_good(&mut w.pair());
+    in_turn(w, &mut c, &u);
+}
+
+/// The functions are liburing's, but the loader has not bound them.
+fn unseen_found_by_dlsym(w: &World) {
+    let Some(mut r) = crate::liburing::Ring::found() else { return };
+    let mut c = w.pair();
+    for _ in 0..3 {
+        w.still_good(&mut c);
+        crate::liburing::moves(w, &mut c, &mut r);
+    }
 }

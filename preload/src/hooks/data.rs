@@ -42,6 +42,7 @@ fn settle(e: &Ref, fd: c_int) {
         e.sock.call_ends(fd);
         if e.sock.take_changed() {
             crate::deep::look();
+            super::unseen::follow();
             super::epoll::resync(e, fd);
         }
     }

@@ -10,18 +10,26 @@ use super::data::hook;
 use super::{data, epoll, fdops, process, ready, sockets, uring};
 use crate::fd_table;
 use crate::real::real;
+use engine::once::Once;
 use engine::reason::Reason;
 use libc::{c_int, c_long, c_void};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, Ordering::*, fence};
 
-/// Set once: no connection of this process is upgraded any more.
-static QUIET: AtomicBool = AtomicBool::new(false);
+/// Why no connection of this process is upgraded any more, if so.
+static QUIET: Once<Reason> = Once::new();
 /// The process is in a sandbox, where a system call of ours might kill it.
 static SANDBOXED: AtomicBool = AtomicBool::new(false);
 
 /// Whether new connections are left alone.
 pub fn quiet() -> bool {
-    QUIET.load(Relaxed)
+    QUIET.get().is_some()
+}
+
+/// Why they are, for a connection that is in the table.
+pub fn why_quiet() -> Option<Reason> {
+    // ORDERING [quiet] SeqCst; pairs with the fence in `go_quiet`: this sees why, or that sees the connection in the table.
+    fence(SeqCst);
+    QUIET.get().copied()
 }
 
 /// Whether system calls of our own are to be avoided.
@@ -45,7 +53,9 @@ fn enter_sandbox<R: Default + PartialOrd>(call: impl FnOnce() -> R) -> R {
 
 /// All connections go back to TCP and stay there.
 pub fn go_quiet(why: Reason) {
-    QUIET.store(true, Relaxed);
+    QUIET.get_or_init(|| why);
+    // ORDERING [quiet] SeqCst; pairs with the fence in `why_quiet`.
+    fence(SeqCst);
     let _ = engine::sys::gettid();
     crate::remote::withdraw(false);
     // Where both ends are this process's, one must not leave the ring before the other has asked for its bytes.

@@ -37,7 +37,7 @@ use engine::reason::Reason;
 use engine::sys::is_accessible;
 use libc::{Dl_info, c_char, c_int, c_void};
 use std::ffi::CStr;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::*};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::*};
 
 // include/uapi/linux/io_uring.h
 const SETUP_SQE128: u32 = 1 << 10;
@@ -169,7 +169,7 @@ fn idle() -> bool {
 }
 
 /// The functions that are led on, by the first argument of [`before`].
-static NAMES: [&CStr; 13] = [
+static NAMES: [&CStr; 17] = [
     c"io_uring_submit",
     c"io_uring_submit_and_wait",
     c"io_uring_submit_and_wait_timeout",
@@ -183,9 +183,23 @@ static NAMES: [&CStr; 13] = [
     c"io_uring_register_files_tags",
     c"io_uring_register_files_update",
     c"io_uring_register_files_update_tag",
+    c"io_uring_queue_init",
+    c"io_uring_queue_init_params",
+    c"io_uring_queue_init_mem",
+    c"io_uring_queue_mmap",
 ];
 const REGISTER: usize = 9;
 const UPDATE: usize = 11;
+const MAKE: usize = 13;
+
+/// A function that makes a ring, or one of those above, has been called.
+static USED: AtomicBool = AtomicBool::new(false);
+
+/// Whether the program's rings may be those of a liburing whose functions come by here.
+pub fn is_used() -> bool {
+    // Relaxed: a thread that has made a ring has made this known to itself; others learn of the ring from it.
+    USED.load(Relaxed)
+}
 
 /// Where they are for all callers, if the program was started with liburing.
 static STARTED_WITH: [AtomicUsize; NAMES.len()] = [const { AtomicUsize::new(0) }; NAMES.len()];
@@ -211,6 +225,8 @@ unsafe extern "C" fn before(which: usize, args: *const [usize; 6], caller: usize
     let e = errno();
     if !idle() {
         match which {
+            // A ring of which nothing is known yet, and in which nothing is.
+            MAKE.. => {}
             // SAFETY: (ring, files, n), (ring, files, tags, n): the program's.
             REGISTER => unsafe { files(a as *const c_int, b & u32::MAX as usize) },
             // SAFETY: as above.
@@ -232,8 +248,19 @@ unsafe extern "C" fn before(which: usize, args: *const [usize; 6], caller: usize
         0 => found_for(which, caller),
         at => at,
     };
+    if !USED.load(Relaxed) && !is_own(caller, at) {
+        USED.store(true, Relaxed);
+    }
     set_errno(e);
     at
+}
+
+/// Whether the caller is liburing itself, one of whose functions calls another: that has been found by dlsym(3), else it
+/// would have come by here.
+#[cold]
+fn is_own(caller: usize, at: usize) -> bool {
+    let base = |at| library_of(at).map(|(_, base)| base);
+    base(caller) == base(at)
 }
 
 /// What has been found for a caller: `which`, its address, how many libraries had been unloaded, and where it goes on.
@@ -416,4 +443,12 @@ led! {
     io_uring_register_files_update = 11;
     /// io_uring_register_files_update_tag(3).
     io_uring_register_files_update_tag = 12;
+    /// io_uring_queue_init(3).
+    io_uring_queue_init = 13;
+    /// io_uring_queue_init_params(3).
+    io_uring_queue_init_params = 14;
+    /// io_uring_queue_init_mem(3).
+    io_uring_queue_init_mem = 15;
+    /// io_uring_queue_mmap(3).
+    io_uring_queue_mmap = 16;
 }

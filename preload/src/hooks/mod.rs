@@ -16,5 +16,6 @@ pub mod signals;
 pub mod sleep;
 pub mod sockets;
 mod spin;
+pub mod unseen;
 pub mod uring;
 mod variadic;

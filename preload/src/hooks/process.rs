@@ -39,6 +39,7 @@ extern "C" fn start() {
     crate::real::start();
     crate::deep::start();
     super::liburing::start();
+    super::unseen::start();
     crate::remote::start();
     let _ = (engine::sys::gettid(), engine::sys::own_pid());
     // fork, forkpty and daemon all run these handlers.

@@ -97,6 +97,15 @@ pub fn on_upgrade(f: fn()) {
     let _ = UPGRADE.set(f);
 }
 
+/// Who may object to an upgrade.
+static HANDSHAKE: Once<fn() -> Option<Reason>> = Once::new();
+
+/// Names the function that is asked before a connection looks for its peer: what it says keeps the connection on TCP for
+/// good. It is called under locks. The first call counts.
+pub fn on_handshake(f: fn() -> Option<Reason>) {
+    let _ = HANDSHAKE.set(f);
+}
+
 /// What is known of the sets of epoll that a connection is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sets {
@@ -702,6 +711,9 @@ impl Socket {
         if !config().allows(crate::report::program(), &ends) {
             return Err(if config().disable { Reason::Disabled } else { Reason::Excluded });
         }
+        if let Some(why) = HANDSHAKE.get().and_then(|f| f()) {
+            return Err(why);
+        }
         if wants_ancillary(fd) {
             return Err(Reason::SocketOption);
         }
@@ -754,8 +766,9 @@ impl Socket {
         self.phase.store(phase::OFF, Relaxed);
         crate::report::log_fallback(s, why);
         // Nothing has switched, but somebody wants to hear of it.
-        #[cfg(feature = "tracing")]
-        self.set_changed();
+        if cfg!(feature = "tracing") || why == Reason::AsyncIo {
+            self.set_changed();
+        }
     }
 
     /// The peer's address, as [`sys::sockaddr`] tells it: the kernel forgets it once both ends have sent FIN (TCP_CLOSE).
