@@ -40,6 +40,8 @@ mod explore;
 #[doc(hidden)]
 pub mod fd;
 #[doc(hidden)]
+pub mod gate;
+#[doc(hidden)]
 pub mod handshake;
 #[doc(hidden)]
 pub mod internal_fds;

@@ -17,6 +17,7 @@ use loom::thread;
 use std::collections::VecDeque;
 
 mod counts;
+mod gate;
 mod waiting;
 
 /// Something that is not atomic. loom fails the model if two use it at the same time, or one without seeing what the

@@ -665,11 +665,11 @@ hook! {
         // Whether it is mapped; else it stays on TCP.
         let mapped = |fd: c_int| {
             fd_table::stream(fd).is_some_and(|e| {
-                let mapped = e.sock.is_mapped();
-                if !mapped {
+                e.sock.is_mapped() || {
                     e.sock.bar(Reason::Splice);
+                    // Another thread may have been about to map it.
+                    e.sock.is_mapped()
                 }
-                mapped
             })
         };
         if mapped(input) {

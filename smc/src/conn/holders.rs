@@ -17,8 +17,9 @@
 use super::Socket;
 use crate::arena::{self, Inside, SEATS, Slot};
 use crate::counts;
+use crate::gate;
 use crate::lock;
-use crate::sync::Ordering::*;
+use crate::sync::{AtomicU32, Ordering::*};
 use crate::sys;
 
 /// A seat whose holder was found dead, until it is cleared.
@@ -107,15 +108,15 @@ impl Slot {
         }
     }
 
-    /// Whether threads of any holder are in the kernel for what `of` says.
-    pub(super) fn all_inside(&self, of: impl Fn(&Inside) -> u32) -> bool {
-        self.seats.inside.iter().any(|n| of(n) != 0)
+    /// Whether no thread, of any holder, is in the kernel for what `of` says.
+    pub(super) fn nobody_inside(&self, of: impl Fn(&Inside) -> &AtomicU32) -> bool {
+        self.seats.inside.iter().all(|n| gate::is_empty(of(n)))
     }
 
     /// Whether any thread, of any holder, sleeps on the doorbell.
     pub(super) fn is_slept_on(&self) -> bool {
         // Relaxed: raised under `wait.lock`, which carries it to whoever decides by it; who rises counts too long at most.
-        self.all_inside(|n| n.asleep.load(Relaxed))
+        self.seats.inside.iter().any(|n| n.asleep.load(Relaxed) != 0)
     }
 }
 
@@ -305,7 +306,7 @@ mod tests {
         assert_eq!(s.holders.load(Relaxed), 3);
         std::thread::scope(|t| (0..4).for_each(|_| _ = t.spawn(|| s.bury())));
         assert_eq!(s.holders.load(Relaxed), 1);
-        assert!(!s.all_inside(|n| n.rx.load(Relaxed)) && !s.is_slept_on(), "its calls as well");
+        assert!(s.nobody_inside(|n| &n.rx) && !s.is_slept_on(), "its calls as well");
         assert!(me.bury_dead(s));
         assert_eq!(me.let_go(s), 1);
         dead.wait().expect("a child of ours");

@@ -39,6 +39,7 @@ pub use waiting::{Nap, on_drained, sleep_with};
 use crate::arena::{self, Slot, each, rx_mode, tx_mode};
 use crate::config::{Threshold, config};
 use crate::counts;
+use crate::gate;
 use crate::handshake::local::{Established, Rendezvous, RendezvousConfig, Step};
 use crate::lock;
 use crate::mem::layout::SidePage;
@@ -46,7 +47,7 @@ use crate::once::Once;
 use crate::reason::Reason;
 use crate::ring::Buffer;
 use crate::section;
-use crate::sync::{AtomicU32, AtomicU64, Ordering::*, fence};
+use crate::sync::{AtomicU32, AtomicU64, Ordering::*};
 use crate::sys;
 use std::cell::UnsafeCell;
 use std::sync::atomic::AtomicPtr;
@@ -451,7 +452,7 @@ impl Socket {
     /// May not be upgraded (any more) for `why`; says nothing about directions that are in the ring.
     pub fn bar(&self, why: Reason) {
         if let Some(s) = self.slot() {
-            s.barred.fetch_or(1, Relaxed);
+            gate::bar(&s.barred, 1);
             s.reason.store(why.code(), Relaxed);
         }
         if self.phase.load(Relaxed) != phase::MAPPED {
@@ -823,12 +824,9 @@ impl Socket {
         if s.rx.mode.load(Relaxed) != rx_mode::TCP {
             return;
         }
-        s.rx.mode.store(rx_mode::GATE, Relaxed);
-        // ORDERING [gate] fence; pairs with the fence in `recv_tcp`. Here: store mode, load inflight.
-        // There: store inflight, load mode. Either we see them inside, or they see the gate and turn back.
-        fence(SeqCst);
+        gate::shut(&s.rx.mode, rx_mode::GATE);
         let mut next = rx_mode::TCP;
-        if !s.all_inside(|n| n.rx.load(Acquire)) {
+        if !gate::is_barred(&s.barred) && s.nobody_inside(|n| &n.rx) {
             match self.rx_counts_agree(fd, s) {
                 Some(true) => next = rx_mode::READY,
                 Some(false) => self.bar(Reason::CountMismatch),

@@ -26,6 +26,7 @@ use super::{Mapped, Socket, phase};
 use crate::arena::{Slot, remote, reset, rx_mode, tx_mode};
 use crate::config::config;
 use crate::fd::Fd;
+use crate::gate;
 use crate::handshake::Side;
 use crate::handshake::local::{self, Established};
 use crate::lgr::{self, Asked, ConnBuffers};
@@ -36,7 +37,7 @@ use crate::option;
 use crate::reason::Reason;
 use crate::remote::{Conn, says};
 use crate::section;
-use crate::sync::{AtomicU32, Ordering::*, fence};
+use crate::sync::{AtomicU32, Ordering::*};
 use crate::sys;
 use crate::wire::smcr::clc::{self, Decline, Decoded, Message};
 use crate::wire::smcr::{Diagnosis, PeerId};
@@ -386,11 +387,10 @@ impl Socket {
 
     /// No call is inside the kernel for either direction, and none goes there.
     fn close_gates(&self, s: &Slot) -> Result<(), Reason> {
-        s.tx.mode.store(tx_mode::GATE, Relaxed);
-        s.rx.mode.store(rx_mode::GATE, Relaxed);
-        // ORDERING [gate] fence; pairs with the fences in `send_tcp` and `recv_tcp`.
-        fence(SeqCst);
-        if !s.all_inside(|n| n.tx.load(Acquire)) && !s.all_inside(|n| n.rx.load(Acquire)) {
+        gate::shut(&s.tx.mode, tx_mode::GATE);
+        gate::shut(&s.rx.mode, rx_mode::GATE);
+        let empty = s.nobody_inside(|n| &n.tx) && s.nobody_inside(|n| &n.rx);
+        if empty && !gate::is_barred(&s.barred) {
             return Ok(());
         }
         s.tx.mode.store(tx_mode::TCP, Release);

@@ -10,6 +10,7 @@ use super::tx::Iov;
 use super::waiting::{What, Woke};
 use super::{Kernel, Mapped, Socket, fate};
 use crate::arena::{Slot, rx_mode, tx_mode};
+use crate::gate;
 use crate::handshake::switch::{self, TcpTake};
 use crate::lock;
 use crate::mem::layout::{LEFT, ctl};
@@ -17,7 +18,7 @@ use crate::once::Once;
 use crate::reason::Reason;
 use crate::ring::{self, Readable};
 use crate::section;
-use crate::sync::{Ordering::*, fence};
+use crate::sync::Ordering::*;
 use crate::sys;
 use crate::wait::doorbell;
 
@@ -313,21 +314,16 @@ impl Socket {
         if let Some(nothing) = self.await_start(fd, s, flags, bytes) {
             return Some(nothing);
         }
-        self.inside(s).rx.fetch_add(1, SeqCst);
-        // ORDERING [gate] fence; pairs with the fence in `try_ready`.
-        fence(SeqCst);
-        if s.rx.mode.load(Acquire) != rx_mode::TCP {
-            self.inside(s).rx.fetch_sub(1, Release);
+        if !gate::enter(&self.inside(s).rx, &s.rx.mode, rx_mode::TCP) {
             return None;
         }
-        let mut undo = || _ = self.inside(s).rx.fetch_sub(1, Release);
+        let mut undo = || gate::leave(&self.inside(s).rx);
         let n = section::window(self, &mut undo, &mut |_| kernel());
         if n > 0 && flags & libc::MSG_PEEK == 0 {
             s.rx.tcp.fetch_add(n as u64, Relaxed);
             self.bytes.fetch_add(n as u64, Relaxed);
         }
-        // ORDERING [gate] Release; pairs with the Acquire load of inflight. Carries: the byte count.
-        self.inside(s).rx.fetch_sub(1, Release);
+        gate::leave(&self.inside(s).rx);
         Some(n)
     }
 
@@ -745,8 +741,12 @@ impl Socket {
         if s.is_served() && why != Reason::PeerGone {
             return;
         }
-        if s.rx.mode.load(Acquire) == rx_mode::TCP {
-            return self.bar(why);
+        if matches!(s.rx.mode.load(Acquire), rx_mode::TCP | rx_mode::GATE) {
+            self.bar(why);
+            // [gate]: another thread may be about to be ready, which is undone here then.
+            if s.rx.mode.load(Acquire) == rx_mode::TCP {
+                return;
+            }
         }
         let Some(m) = self.mapped() else { return };
         // A peer that is gone moves nothing any more.
@@ -755,6 +755,9 @@ impl Socket {
         {
             let g = lock::lock(&s.rx.lock);
             let mode = s.rx.mode.load(Relaxed);
+            if mode == rx_mode::TCP {
+                return;
+            }
             if s.rx.stopped.load(Relaxed) == STOPPING && self.settle_stop(s, &m) {
                 drop(g);
                 self.ring_peer(s, &m);

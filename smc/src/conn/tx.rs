@@ -9,13 +9,14 @@
 use super::waiting::{What, Woke};
 use super::{Mapped, Socket, bounds, fate};
 use crate::arena::{Slot, tx_mode};
+use crate::gate;
 use crate::handshake::switch;
 use crate::lock;
 use crate::mem::layout::ctl;
 use crate::once::Once;
 use crate::reason::Reason;
 use crate::ring;
-use crate::sync::{Ordering::*, fence};
+use crate::sync::Ordering::*;
 use crate::sys;
 use crate::wait::doorbell;
 
@@ -303,22 +304,21 @@ impl Socket {
             }
             self.leave_tx(fd, why);
         }
-        if s.tx.mode.load(Acquire) != tx_mode::TCP {
+        if !gate::enter(&self.inside(s).tx, &s.tx.mode, tx_mode::TCP) {
             return self.in_kernel(kernel);
         }
-        self.inside(s).tx.fetch_add(1, SeqCst);
         let n = self.send_inside(s, kernel);
         if n > 0 {
             s.tx.tcp.fetch_add(n as u64, Relaxed);
         }
-        self.inside(s).tx.fetch_sub(1, Release);
+        gate::leave(&self.inside(s).tx);
         n
     }
 
     /// The kernel's part of a send that is counted in. One that never comes back is counted out; what the kernel
     /// has taken of it nobody knows, which the counts will show: the connection stays on TCP.
     fn send_inside(&self, s: &Slot, kernel: Kernel<'_>) -> isize {
-        let mut undo = || _ = self.inside(s).tx.fetch_sub(1, Release);
+        let mut undo = || gate::leave(&self.inside(s).tx);
         self.window_outward(&mut undo, &mut |_| kernel())
     }
 
@@ -366,11 +366,7 @@ impl Socket {
         {
             return Some(r);
         }
-        self.inside(s).tx.fetch_add(1, SeqCst);
-        // ORDERING [gate] fence; pairs with the fence in `try_announce`.
-        fence(SeqCst);
-        if s.tx.mode.load(Acquire) != tx_mode::TCP {
-            self.inside(s).tx.fetch_sub(1, Release);
+        if !gate::enter(&self.inside(s).tx, &s.tx.mode, tx_mode::TCP) {
             // The gate is short: its holder has the lock.
             drop(lock::lock(&s.tx.lock));
             return None;
@@ -390,8 +386,7 @@ impl Socket {
             s.tx.tcp.fetch_add(n as u64, Relaxed);
             self.bytes.fetch_add(n as u64, Relaxed);
         }
-        // ORDERING [gate] Release; pairs with the Acquire load of inflight. Carries: the byte count.
-        self.inside(s).tx.fetch_sub(1, Release);
+        gate::leave(&self.inside(s).tx);
         Some(n)
     }
 
@@ -410,10 +405,8 @@ impl Socket {
         if s.tx.mode.load(Relaxed) != tx_mode::TCP {
             return None;
         }
-        s.tx.mode.store(tx_mode::GATE, Relaxed);
-        // ORDERING [gate] fence; pairs with the fence in `send_tcp`.
-        fence(SeqCst);
-        let quiet = !s.all_inside(|n| n.tx.load(Acquire));
+        gate::shut(&s.tx.mode, tx_mode::GATE);
+        let quiet = !gate::is_barred(&s.barred) && s.nobody_inside(|n| &n.tx);
         let agree = if quiet { self.tx_counts_agree(fd, s) } else { None };
         if agree != Some(true) {
             if agree == Some(false) {
@@ -718,8 +711,12 @@ impl Socket {
         if s.is_served() {
             return self.cannot_leave(fd, s, why);
         }
-        if s.tx.mode.load(Acquire) == tx_mode::TCP {
-            return self.bar(why);
+        if matches!(s.tx.mode.load(Acquire), tx_mode::TCP | tx_mode::GATE) {
+            self.bar(why);
+            // [gate]: another thread may be about to switch, which is undone here then.
+            if s.tx.mode.load(Acquire) == tx_mode::TCP {
+                return;
+            }
         }
         let Some(m) = self.mapped() else { return };
         let g = lock::lock(&s.tx.lock);

@@ -8,6 +8,7 @@
 
 use super::{Look, Mapped, Socket, bounds, fate};
 use crate::arena::{Slot, gone, reset, rx_mode, tx_mode};
+use crate::gate;
 use crate::lock;
 use crate::mem::layout::ctl;
 use crate::once::Once;
@@ -843,19 +844,13 @@ impl Socket {
     /// [`unpin_tcp`](Self::unpin_tcp) must follow.
     pub fn pin_tcp(&self) -> bool {
         let Some(s) = self.slot() else { return false };
-        self.inside(s).rx.fetch_add(1, SeqCst);
-        crate::sync::fence(SeqCst);
-        if s.rx.mode.load(Acquire) == rx_mode::TCP {
-            return true;
-        }
-        self.inside(s).rx.fetch_sub(1, Release);
-        false
+        gate::enter(&self.inside(s).rx, &s.rx.mode, rx_mode::TCP)
     }
 
     /// Ends [`pin_tcp`](Self::pin_tcp).
     pub fn unpin_tcp(&self) {
         if let Some(s) = self.slot() {
-            self.inside(s).rx.fetch_sub(1, Release);
+            gate::leave(&self.inside(s).rx);
         }
     }
 
