@@ -15,9 +15,10 @@
 use crate::sync::fence;
 use crate::sync::{AtomicU32, Ordering::*};
 
-/// The fence of all three; the twin under `cfg(smc_weak)` must fail the models.
+/// The fence of all three, and of whoever else writes one word and looks at another: one of the two sees what the other has
+/// written. The twin under `cfg(smc_weak)` must fail the models.
 #[inline(always)]
-fn between() {
+pub fn between() {
     #[cfg(not(smc_weak))]
     fence(SeqCst);
 }

@@ -93,15 +93,21 @@ pub fn pid_namespace_of_children() -> u64 {
     namespace(c"/proc/self/ns/pid_for_children")
 }
 
-fn namespace(path: &std::ffi::CStr) -> u64 {
-    let mut b = [0u8; 64];
+/// readlink(2): how many bytes of the link's text are in `b`; 0: there is no such link.
+fn read_link(path: &std::ffi::CStr, b: &mut [u8]) -> usize {
     let at = libc::AT_FDCWD as usize;
     // SAFETY: the path is NUL-terminated, `b` writable for its length.
     let n = unsafe {
         syscall6(libc::SYS_readlinkat, at, path.as_ptr() as usize, b.as_mut_ptr() as usize, b.len(), 0, 0)
     };
+    n.max(0) as usize
+}
+
+fn namespace(path: &std::ffi::CStr) -> u64 {
+    let mut b = [0u8; 64];
+    let n = read_link(path, &mut b);
     // "pid:[4026531836]"
-    let digits = b.iter().take(n.max(0) as usize).filter(|c| c.is_ascii_digit());
+    let digits = b.iter().take(n).filter(|c| c.is_ascii_digit());
     digits.fold(0u64, |v, c| v.wrapping_mul(10).wrapping_add(u64::from(c - b'0')))
 }
 
@@ -516,19 +522,8 @@ pub fn dup_lowest(fd: i32, from: i32) -> i32 {
 /// Where this program's file is.
 pub fn exe_path() -> Vec<u8> {
     let mut b = vec![0u8; 4096];
-    // SAFETY: the path is NUL-terminated, `b` writable for its length.
-    let n = unsafe {
-        syscall6(
-            libc::SYS_readlinkat,
-            libc::AT_FDCWD as usize,
-            c"/proc/self/exe".as_ptr() as usize,
-            b.as_mut_ptr() as usize,
-            b.len(),
-            0,
-            0,
-        )
-    };
-    b.truncate(n.max(0) as usize);
+    let n = read_link(c"/proc/self/exe", &mut b);
+    b.truncate(n);
     b
 }
 
@@ -597,18 +592,10 @@ pub fn is_file(fd: i32) -> bool {
 
 /// Whether `fd` is a ring of io_uring, by its name in /proc. False also where there is none.
 pub fn is_ring(fd: i32) -> bool {
-    // "/proc/self/fd/" and the digits, NUL-terminated.
-    let mut path = [0u8; 32];
-    let name = format!("/proc/self/fd/{fd}");
-    path[..name.len()].copy_from_slice(name.as_bytes());
-    let want = b"anon_inode:[io_uring]";
+    let Ok(path) = std::ffi::CString::new(format!("/proc/self/fd/{fd}")) else { return false };
     let mut b = [0u8; 32];
-    let at = libc::AT_FDCWD as usize;
-    // SAFETY: the path is NUL-terminated, `b` writable for its length.
-    let n = unsafe {
-        syscall6(libc::SYS_readlinkat, at, path.as_ptr() as usize, b.as_mut_ptr() as usize, b.len(), 0, 0)
-    };
-    n == want.len() as isize && b.starts_with(want)
+    let n = read_link(&path, &mut b);
+    b[..n] == *b"anon_inode:[io_uring]"
 }
 
 /// Threads of this process: the links of its task folder beyond those that every folder has

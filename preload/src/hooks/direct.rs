@@ -10,10 +10,11 @@ use super::data::hook;
 use super::{data, epoll, fdops, process, ready, sockets, uring};
 use crate::fd_table;
 use crate::real::real;
+use engine::gate;
 use engine::once::Once;
 use engine::reason::Reason;
 use libc::{c_int, c_long, c_void};
-use std::sync::atomic::{AtomicBool, Ordering::*, fence};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 /// Why no connection of this process is upgraded any more, if so.
 static QUIET: Once<Reason> = Once::new();
@@ -27,8 +28,9 @@ pub fn quiet() -> bool {
 
 /// Why they are, for a connection that is in the table.
 pub fn why_quiet() -> Option<Reason> {
-    // ORDERING [quiet] SeqCst; pairs with the fence in `go_quiet`: this sees why, or that sees the connection in the table.
-    fence(SeqCst);
+    // ORDERING [quiet] fence; pairs with the fence in `go_quiet`: this sees why, or that sees the connection in the table.
+    // Model: loom_quiet_against_a_newcomer.
+    gate::between();
     QUIET.get().copied()
 }
 
@@ -54,8 +56,8 @@ fn enter_sandbox<R: Default + PartialOrd>(call: impl FnOnce() -> R) -> R {
 /// All connections go back to TCP and stay there.
 pub fn go_quiet(why: Reason) {
     QUIET.get_or_init(|| why);
-    // ORDERING [quiet] SeqCst; pairs with the fence in `why_quiet`.
-    fence(SeqCst);
+    // ORDERING [quiet] fence; pairs with the fence in `why_quiet`.
+    gate::between();
     let _ = engine::sys::gettid();
     crate::remote::withdraw(false);
     // Where both ends are this process's, one must not leave the ring before the other has asked for its bytes.

@@ -86,3 +86,24 @@ fn loom_gate_against_a_bar() {
         assert!(!(bars.join().expect("no panic") && switched), "it was to stay on TCP");
     });
 }
+
+/// Edge: quiet. A connection comes into the table while all that are in it are sent to TCP: it is met there, or finds out
+/// before its handshake. As `install` and `why_quiet` against `go_quiet`.
+#[test]
+fn loom_quiet_against_a_newcomer() {
+    model(|| {
+        let words = Arc::new([AtomicU32::new(0), AtomicU32::new(0)]);
+        let other = words.clone();
+        let comes = thread::spawn(move || {
+            let [quiet, cell] = &*other;
+            cell.store(1, Release);
+            gate::between();
+            quiet.load(Relaxed) != 0
+        });
+        let [quiet, cell] = &*words;
+        quiet.store(1, Release);
+        gate::between();
+        let met = cell.load(Relaxed) != 0;
+        assert!(comes.join().expect("no panic") || met, "it was to stay on TCP");
+    });
+}
