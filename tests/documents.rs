@@ -34,23 +34,22 @@ mod harness;
 /// Kills what hangs, after so many seconds.
 const LIMIT: u32 = 300;
 
-/// What a block is run by: `$1` is its folder, `$2` the library's build, `$3` the checkout, `$4` the user, `$5` cargo.
+/// What a block is run by: `$1` is its folder, with the build in `bin`, `$2` the checkout, `$3` the user, `$4` cargo.
 const SCRIPT: &str = r#"
 set -eu
 cd "$1"
-export CHECKOUT="$3"
+export CHECKOUT="$2"
 for folder in /run /var/log /var/lib/nginx /var/lib/postgresql /etc/nginx; do
   [ ! -d "$folder" ] || mount -t tmpfs -o mode=755 tmpfs "$folder"
 done
-mkdir -p bin target/release
-cp "$2/smc" "$2/libsmc.so" bin/
-cp "$2/smc" "$2/libsmc.so" target/release/
-printf '#!/bin/sh\ncd "%s" && exec "%s" "$@"\n' "$3" "$5" >bin/cargo
+mkdir -p target/release
+cp bin/smc bin/libsmc.so target/release/
+printf '#!/bin/sh\ncd "%s" && exec "%s" "$@"\n' "$2" "$4" >bin/cargo
 chmod -R a+rX bin target
 chmod 755 bin/cargo
 [ ! -f first ] || . ./first
-chown "$4" .
-if [ "$4" = root ]; then bash ./block; else runuser -u "$4" -- bash ./block; fi
+chown "$3" .
+if [ "$3" = root ]; then bash ./block; else runuser -u "$3" -- bash ./block; fi
 "#;
 
 /// Before the lines of a block.
@@ -198,6 +197,10 @@ fn runs(block: &Block, pairs: &[(String, String)]) -> Result<(), Failed> {
     let at = folder.path();
     fs::set_permissions(at, fs::Permissions::from_mode(0o755))?;
     fs::write(at.join("block"), script(block, pairs))?;
+    fs::create_dir(at.join("bin"))?;
+    for file in ["smc", "libsmc.so"] {
+        fs::copy(release().join(file), at.join("bin").join(file))?;
+    }
     let first: Vec<_> = pairs.iter().filter(|(k, _)| k == "first").map(|(_, v)| format!("{v}\n")).collect();
     fs::write(at.join("first"), first.concat())?;
     let user = pairs.iter().find(|(k, _)| k == "as").map_or("root", |(_, v)| v);
@@ -221,13 +224,9 @@ fn runs(block: &Block, pairs: &[(String, String)]) -> Result<(), Failed> {
         command.env("CARGO_HOME", of_home("CARGO_HOME", ".cargo"));
         command.env("RUSTUP_HOME", of_home("RUSTUP_HOME", ".rustup"));
     }
-    command
-        .args(["bash", "-c", SCRIPT, "documents"])
-        .arg(at)
-        .arg(release())
-        .arg(root())
-        .arg(user)
-        .arg(&cargo);
+    command.args(["bash", "-c", SCRIPT, "documents"]).arg(at).arg(root()).arg(user).arg(&cargo);
+    // As the build that is here was made: a block that builds must not put another in its place while others run.
+    command.env("SMC_CARRY_LIBRARY", "0");
     for name in ["CARGO_TARGET_DIR", "RUSTFLAGS", "RUSTUP_TOOLCHAIN"] {
         if let Some(value) = env::var_os(name) {
             command.env(name, value);

@@ -3,10 +3,11 @@
 use std::io;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::shell::{self, Running};
-use crate::tally::Tally;
+use crate::tally::{Tally, failures};
 use crate::{bpf, dist, packages, rounds, vm};
 
 /// A model that takes longer than this does not end.
@@ -102,6 +103,9 @@ pub fn run(checks: &[Check], install: bool) -> ExitCode {
         report.push(format!("{:8} {tally} ({:.0} s)", check.name(), start.elapsed().as_secs_f64()));
         total.add(tally);
     }
+    for said in FAILURES.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        println!("\n{said}");
+    }
     println!("\n{}", report.join("\n"));
     if !left_out.is_empty() {
         println!("left out, for want of these packages: {}", left_out.join(" "));
@@ -118,10 +122,19 @@ fn step(command: &mut Command) -> io::Result<Tally> {
     Ok(Tally::step(command.status()?.success()))
 }
 
+/// What failures said. It is told once more at the end: a log of hours is read from there, and may have been cut.
+static FAILURES: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+/// Counts what tests printed, and keeps what their failures said.
+fn count(ok: bool, lines: &[String]) -> Tally {
+    FAILURES.lock().unwrap_or_else(PoisonError::into_inner).extend(failures(lines));
+    Tally::from_run(ok, lines)
+}
+
 /// A run of `cargo test`.
 fn tests(command: &mut Command) -> io::Result<Tally> {
     let (status, lines) = shell::tee(command)?;
-    Ok(Tally::from_run(status.success(), &lines))
+    Ok(count(status.success(), &lines))
 }
 
 /// The tests of the crates, and what is behind features: the examples in its documentation, and the events. The
@@ -334,7 +347,7 @@ fn rdma() -> io::Result<Tally> {
     let ran = vm::run(&line, VM_LIMIT)?;
     print!("{}{}", ran.output, ran.console);
     let lines: Vec<String> = ran.output.lines().map(str::to_string).collect();
-    let mut inside = Tally::from_run(ran.status == Some(0), &lines);
+    let mut inside = count(ran.status == Some(0), &lines);
     // Those that need no device ran outside, and were counted there.
     inside.skipped = 0;
     tally.skipped = 0;

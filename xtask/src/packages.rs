@@ -38,8 +38,8 @@ if [ ! -e $rc ]; then
   printf '#!/bin/sh\nexit 101\n' >$rc && chmod 755 $rc
 fi
 lists=$(find /var/lib/apt/lists -name '*_Packages*' -mmin -1440 2>/dev/null | head -n 1)
-[ -n "$lists" ] || apt-get update -qq
-apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=600 "$@"
+[ -n "$lists" ] || apt-get update -qq -o Acquire::Retries=3
+apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3 "$@"
 "#;
 
 /// Which of the packages' programs are not here.

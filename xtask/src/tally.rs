@@ -49,6 +49,29 @@ impl Tally {
     }
 }
 
+/// What libtest's failures said, of what a run of `cargo test` printed: `---- name stdout ----`, or `---- name ----`, and
+/// what follows up to the list of names. The end of each, as a panic stands there.
+pub fn failures(lines: &[String]) -> Vec<String> {
+    const LAST: usize = 40;
+    let mut found: Vec<Vec<&str>> = Vec::new();
+    let mut inside = false;
+    for line in lines {
+        if line.starts_with("---- ") && line.ends_with(" ----") {
+            inside = true;
+            found.push(vec![line]);
+        } else if line == "failures:" {
+            inside = false;
+        } else if inside && let Some(one) = found.last_mut() {
+            one.push(line);
+        }
+    }
+    let told = |one: Vec<&str>| {
+        let (name, rest) = one.split_first().expect("its first line");
+        format!("{name}\n{}", rest[rest.len().saturating_sub(LAST)..].join("\n"))
+    };
+    found.into_iter().map(told).collect()
+}
+
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} passed, {} failed", self.passed, self.failed)?;
@@ -68,6 +91,15 @@ mod tests {
         let line = "test result: FAILED. 12 passed; 3 failed; 1 ignored; 0 measured; 4 filtered out; finished in 0.1s";
         assert_eq!(Tally::from_line(line), Some(Tally { passed: 12, failed: 3, skipped: 1 }));
         assert_eq!(Tally::from_line("test ring::tests::wraps ... ok"), None);
+    }
+
+    #[test]
+    fn what_failures_said_is_found() {
+        let all = "test a ... FAILED\n\nfailures:\n\n---- a ----\nwhy\n\n---- b stdout ----\nand\n\nfailures:\n    a\n    b\n\n";
+        let lines: Vec<String> = all.lines().map(str::to_string).collect();
+        assert_eq!(failures(&lines), ["---- a ----\nwhy\n", "---- b stdout ----\nand\n"]);
+        let long: Vec<String> = ["---- a ----"].into_iter().chain(["x"; 99]).map(str::to_string).collect();
+        assert_eq!(failures(&long)[0].lines().count(), 41);
     }
 
     #[test]

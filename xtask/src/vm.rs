@@ -72,8 +72,19 @@ pub struct Ran {
     pub console: String,
 }
 
-/// Runs a line of shell in a VM, in the checkout.
+/// Runs a line of shell in a VM, in the checkout. A VM that ends by itself and leaves no status had its kernel die, which no
+/// command in there may do: that is the emulator's or the kernel's fault, and it is started once more.
 pub fn run(line: &str, limit: Duration) -> io::Result<Ran> {
+    let (ran, in_time) = once(line, limit)?;
+    if ran.status.is_some() || !in_time {
+        return Ok(ran);
+    }
+    eprintln!("xtask vm: the VM died, and is started once more; its console:\n{}", ran.console);
+    Ok(once(line, limit)?.0)
+}
+
+/// One VM; and whether it came to an end before it was killed.
+fn once(line: &str, limit: Duration) -> io::Result<(Ran, bool)> {
     let cache = cache();
     let folder = Folder(cache.join(format!("run.{}", std::process::id())));
     let dir = &folder.0;
@@ -116,7 +127,7 @@ pub fn run(line: &str, limit: Duration) -> io::Result<Ran> {
     } else {
         String::new()
     };
-    Ok(Ran { status, output: read("out"), console })
+    Ok((Ran { status, output: read("out"), console }, qemu.status.is_some()))
 }
 
 /// `cargo xtask vm [--timeout SECONDS] COMMAND…`

@@ -15,8 +15,9 @@ for p in "${packages[@]}"; do
 done
 if [ ${#missing[@]} != 0 ]; then
   echo "vm: installing ${missing[*]}" >&2
-  apt-get -qq -o DPkg::Lock::Timeout=600 update >&2
-  DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends -o DPkg::Lock::Timeout=600 \
+  wait=(-o DPkg::Lock::Timeout=600 -o Acquire::Retries=3)
+  apt-get -qq "${wait[@]}" update >&2
+  DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends "${wait[@]}" \
     install "${missing[@]}" >"$cache/apt.log" 2>&1 || { tail -n 5 "$cache/apt.log" >&2; exit 1; }
 fi
 # The modules that are loaded, at boot and later.
@@ -33,7 +34,7 @@ apt=$cache/apt
 mkdir -p "$apt"/{lists/partial,archives/partial}
 mirror=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' 'Origin: Debian' | head -n 1)
 echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $suite main" >"$apt/sources.list"
-options=(-qq -o "Dir::State::lists=$apt/lists" -o "Dir::Cache=$apt" -o "Dir::Etc::sourcelist=$apt/sources.list"
+options=(-qq -o Acquire::Retries=3 -o "Dir::State::lists=$apt/lists" -o "Dir::Cache=$apt" -o "Dir::Etc::sourcelist=$apt/sources.list"
   -o Dir::Etc::sourceparts=/dev/null -o APT::Sandbox::User=root)
 apt-get "${options[@]}" update >&2
 image=$(apt-cache "${options[@]}" depends "linux-image-amd64/$suite" |
