@@ -417,6 +417,10 @@ impl Socket {
             }
         }
         drop(g);
+        if r == EAGAIN && !nonblock {
+            // Others have taken the direction to TCP and its bytes meanwhile, which needs no lock of ours.
+            return None;
+        }
         Some(r)
     }
 
@@ -591,6 +595,10 @@ impl Socket {
         if n > 0 && flags & libc::MSG_PEEK == 0 {
             // SAFETY: part of the caller's iovecs.
             n = unsafe { sys::recv_iov(fd, &v.part(done, n as usize), libc::MSG_DONTWAIT | trunc) };
+            if n == EAGAIN {
+                // Another thread has taken them since.
+                return None;
+            }
         }
         if n == 0
             && done == 0

@@ -20,10 +20,11 @@
 //! | --- | --- | --- |
 //! | less than a switch | is ours alone | the next wait looks for a while before it yields |
 //! | a few switches | is a *crowd*'s, that waits as we do | the next wait yields at once |
-//! | a good part of a slice | is somebody's who computes | no yields for some time; after short looks, in a crowd, sleeps |
+//! | a good part of a slice, several times | is somebody's who computes | no yields for some time; after short looks, in a crowd, sleeps |
 //!
 //! What a crowd does with the time is not taken off the budget. Who sleeps is preferred when it wakes; who yields to
-//! somebody who computes waits for its turn.
+//! somebody who computes waits for its turn. So does, now and then, who yields beside such as sleep: if a crowd took that
+//! for somebody who computes, all of it would sleep, and each would be woken for each message.
 
 use crate::config::config;
 use crate::section;
@@ -38,6 +39,9 @@ const PREEMPTED_NS: u64 = 20_000;
 const SWITCHED_NS: u64 = 1_000;
 /// A yield that took longer let somebody compute.
 const SLICE_NS: u64 = 600_000;
+/// One such yield may be a crowd's. So it takes a third one before so many quick ones: among 24 threads on two CPUs, all of
+/// which wait for each other, 1 yield in 10,000 or fewer is a third; beside two that compute, 1 in 4.
+const SLOW: u32 = 8;
 /// If none did for so many times as long, it is taken for chance.
 const CHANCE: u64 = 8;
 /// Nobody yields then for as long again, and each time in a row that it is not chance for twice as long as before, up
@@ -71,6 +75,8 @@ pub struct Habit {
     /// The budget, and [`CROWD`].
     ns: AtomicU32,
     misses: AtomicU32,
+    /// How many of the last yields let somebody compute: each counts [`SLOW`], and each that did not takes one off.
+    slow: AtomicU32,
 }
 
 /// One wait that looks.
@@ -99,7 +105,7 @@ impl Default for Habit {
 impl Habit {
     /// Nothing learned: the first wait looks for `SMC_SPIN_US`.
     pub const fn new() -> Self {
-        Habit { ns: AtomicU32::new(0), misses: AtomicU32::new(0) }
+        Habit { ns: AtomicU32::new(0), misses: AtomicU32::new(0), slow: AtomicU32::new(0) }
     }
 
     /// Forgets.
@@ -193,8 +199,8 @@ impl Spin<'_> {
         }
         let now = sys::now_ns();
         let misses = self.habit.misses.load(Relaxed);
-        if now.saturating_sub(self.last) > PREEMPTED_NS && !self.beside {
-            // Others want this CPU: looking does not pay now.
+        if now.saturating_sub(self.last) > PREEMPTED_NS && !self.beside && !self.crowd {
+            // Others want this CPU, and not such as wait: looking does not pay now.
             self.habit.misses.store(misses.max(MISSES).wrapping_add(1), Relaxed);
             return false;
         }
@@ -223,7 +229,14 @@ impl Spin<'_> {
     fn yielded(&mut self, ns: u64) {
         let crowd = ns > SWITCHED_NS;
         self.others += ns.saturating_sub(SWITCHED_NS);
-        if ns > SLICE_NS {
+        let slow = self.habit.slow.load(Relaxed);
+        if ns <= SLICE_NS {
+            if slow > 0 {
+                self.habit.slow.store(slow - 1, Relaxed);
+            }
+        } else if slow <= SLOW {
+            self.habit.slow.store(slow + SLOW, Relaxed);
+        } else {
             let quiet = self.last.saturating_sub(NO_YIELDS.load(Relaxed));
             let times = if quiet > ns * CHANCE { 0 } else { (TIMES.load(Relaxed) + 1).min(DOUBLINGS) };
             TIMES.store(times, Relaxed);
@@ -321,6 +334,15 @@ mod tests {
 
         // Somebody computes: no yields for a time, for longer each time in a row, and by chance never for long.
         let slice = SLICE_NS * 10;
+        // Two of them may be chance, and none follows from those that came before many quick ones.
+        for _ in 0..3 {
+            wait(&h, slice);
+            wait(&h, slice);
+            assert!(!barred(sys::now_ns()));
+            (0..2 * SLOW).for_each(|_| wait(&h, SWITCHED_NS * 10));
+        }
+        wait(&h, slice);
+        wait(&h, slice);
         let bars: Vec<u64> = (0..12)
             .map(|_| {
                 let mut spin = h.begin(false, None).expect("a budget");
