@@ -1,9 +1,12 @@
-//! The workloads of `cargo xtask bench`: plain sockets, pipes and shared memory, nothing of libsmc.
+//! The workloads of `cargo xtask bench`: plain sockets, pipes and shared memory, nothing of libsmc but in `native`.
 //!
 //! ```text
-//! bench serve KIND ADDR        KIND: echo (a thread each), epoll (one thread for all), sink, once
+//! bench serve KIND ADDR        KIND: echo (a thread each), epoll (one thread for all), sink, once, whole SIZE
 //! bench rr ADDR SECONDS        one 64-byte message to and fro: `count N p50 US p99 US mean US`
 //! bench stream ADDR SECONDS SIZE    writes of SIZE bytes to a sink: `rate MESSAGES/S`
+//! bench native …               `serve echo`, `serve sink`, `rr`, `stream` by `smc::net`, and `reserve`: `stream` in place
+//! bench streams ADDR SECONDS SIZE N      the same on N connections, a thread each: `rate MESSAGES/S`
+//! bench turns ADDR SECONDS SIZE N        N connections by epoll, SIZE bytes to and fro on each, with `serve whole`: `rate N/S`
 //! bench crr ADDR SECONDS       a connection for each request: `rate N/S`
 //! bench many ADDR SECONDS N    N connections by epoll, a request under way on each: `rate N/S`
 //! bench threads ADDR SECONDS N     N threads, each as rr: `rate N/S`
@@ -15,6 +18,7 @@
 //!
 //! ADDR is `host:port` or a path. `BENCH_CPU=N` keeps the process on that CPU.
 
+mod native;
 mod raw;
 
 use std::fs::{self, File};
@@ -104,7 +108,7 @@ impl Epoll {
 
 const NO_EVENT: libc::epoll_event = libc::epoll_event { events: 0, u64: 0 };
 
-fn echo(mut s: File) -> io::Result<()> {
+fn echo(mut s: impl Read + Write) -> io::Result<()> {
     let mut buf = vec![0; BUFFER];
     loop {
         let n = s.read(&mut buf)?;
@@ -115,8 +119,17 @@ fn echo(mut s: File) -> io::Result<()> {
     }
 }
 
+/// Answers when so many bytes are there, with as many.
+fn whole(mut s: File, size: usize) -> io::Result<()> {
+    let mut buf = vec![0; size];
+    loop {
+        s.read_exact(&mut buf)?;
+        s.write_all(&buf)?;
+    }
+}
+
 /// Counts to the end of the stream and answers with the count.
-fn sink(mut s: File) -> io::Result<()> {
+fn sink(mut s: impl Read + Write) -> io::Result<()> {
     let (mut buf, mut sum) = (vec![0; BUFFER], 0u64);
     loop {
         let n = s.read(&mut buf)?;
@@ -159,9 +172,9 @@ fn serve_epoll(listener: &Listener) -> io::Result<()> {
     }
 }
 
-fn serve(kind: &str, addr: &str) -> io::Result<()> {
+fn serve(kind: &str, addr: &str, size: usize) -> io::Result<()> {
     let listener = Listener::new(addr)?;
-    let each: fn(File) -> io::Result<()> = match kind {
+    let each: fn(File, usize) -> io::Result<()> = match kind {
         "epoll" => return serve_epoll(&listener),
         "once" => loop {
             let mut s = listener.accept()?;
@@ -169,19 +182,20 @@ fn serve(kind: &str, addr: &str) -> io::Result<()> {
             s.read_exact(&mut b)?;
             s.write_all(&b)?;
         },
-        "echo" => echo,
-        "sink" => sink,
+        "echo" => |s, _| echo(s),
+        "sink" => |s, _| sink(s),
+        "whole" => whole,
         _ => return Err(bad("no such kind of server")),
     };
     loop {
         let s = listener.accept()?;
         // A client that goes away in the middle is no reason to end.
-        thread::spawn(move || drop(each(s)));
+        thread::spawn(move || drop(each(s, size)));
     }
 }
 
 /// Round trips until the time is over; how long each took, in nanoseconds.
-fn round_trips(s: &mut File, time: Duration) -> io::Result<Vec<u32>> {
+fn round_trips(s: &mut (impl Read + Write), time: Duration) -> io::Result<Vec<u32>> {
     let (mut out, mut back) = ([7u8; MESSAGE], [0u8; MESSAGE]);
     let mut took = Vec::with_capacity(1 << 20);
     // The switch to the ring is not what is measured.
@@ -214,24 +228,58 @@ fn print_latencies(mut took: Vec<u32>) {
     println!("count {n} p50 {:.4} p99 {:.4} mean {:.4}", at(0.50), at(0.99), mean / 1e3);
 }
 
-fn stream(addr: &str, time: Duration, size: usize) -> io::Result<()> {
-    let mut s = connect(addr)?;
-    let block = vec![7u8; size];
+/// Messages of `size` bytes by `send` until the time is over, then the end by `shut`; the sink must have had them all. How
+/// many in a second.
+fn messages<S: Read>(
+    s: &mut S,
+    time: Duration,
+    size: usize,
+    mut send: impl FnMut(&mut S) -> io::Result<()>,
+    shut: impl FnOnce(&S) -> io::Result<()>,
+) -> io::Result<f64> {
+    // Large ones are not so many that the clock is what is measured.
+    let turn = if size < BUFFER { 64 } else { 1 };
     let start = Instant::now();
     let mut n = 0u64;
-    while !n.is_multiple_of(64) || start.elapsed() < time {
-        s.write_all(&block)?;
+    while !n.is_multiple_of(turn) || start.elapsed() < time {
+        send(s)?;
         n += 1;
     }
-    // SAFETY: no pointers.
-    unsafe { libc::shutdown(s.as_raw_fd(), libc::SHUT_WR) };
+    shut(s)?;
     let mut got = [0; 8];
     s.read_exact(&mut got)?;
     if u64::from_le_bytes(got) != n * size as u64 {
         return Err(bad("bytes are missing"));
     }
-    println!("rate {:.3}", n as f64 / start.elapsed().as_secs_f64());
-    Ok(())
+    Ok(n as f64 / start.elapsed().as_secs_f64())
+}
+
+fn stream(addr: &str, time: Duration, size: usize) -> io::Result<f64> {
+    let block = vec![7u8; size];
+    let shut = |s: &File| {
+        // SAFETY: no pointers.
+        let r = unsafe { libc::shutdown(s.as_raw_fd(), libc::SHUT_WR) };
+        if r == 0 { Ok(()) } else { Err(Error::last_os_error()) }
+    };
+    messages(&mut connect(addr)?, time, size, |s| s.write_all(&block), shut)
+}
+
+fn streams(addr: &str, time: Duration, size: usize, n: usize) -> io::Result<f64> {
+    let all: Vec<_> = (0..n)
+        .map(|_| {
+            let addr = addr.to_owned();
+            thread::spawn(move || stream(&addr, time, size))
+        })
+        .collect();
+    let mut sum = 0.0;
+    for t in all {
+        sum += t.join().map_err(|_| bad("a thread panicked"))??;
+    }
+    Ok(sum)
+}
+
+fn print_rate(rate: f64) {
+    println!("rate {rate:.3}");
 }
 
 fn crr(addr: &str, time: Duration) -> io::Result<()> {
@@ -293,6 +341,45 @@ fn many(addr: &str, time: Duration, n: usize) -> io::Result<()> {
     }
     println!("rate {:.3}", done as f64 / start.elapsed().as_secs_f64());
     Ok(())
+}
+
+/// The same with `size` bytes to and fro, and a server that answers when it has them all.
+fn turns(addr: &str, time: Duration, size: usize, n: usize) -> io::Result<f64> {
+    let set = Epoll::new()?;
+    let mut b = vec![7; size];
+    let mut streams = Vec::new();
+    for _ in 0..n {
+        let mut s = connect(addr)?;
+        // The switch to the ring is not what is measured.
+        for _ in 0..if size < BUFFER { 20 } else { 2 } {
+            s.write_all(&b)?;
+            s.read_exact(&mut b)?;
+        }
+        set.add(s.as_raw_fd())?;
+        let at = s.as_raw_fd() as usize;
+        if streams.len() <= at {
+            streams.resize_with(at + 1, || None);
+        }
+        streams[at] = Some(s);
+    }
+    for s in streams.iter_mut().flatten() {
+        s.write_all(&b)?;
+    }
+    let (start, mut done, mut events) = (Instant::now(), 0u64, [NO_EVENT; 128]);
+    while start.elapsed() < time {
+        let ready = set.wait(&mut events, 5000);
+        if ready == 0 {
+            return Err(bad("no answer in 5 s"));
+        }
+        for e in &events[..ready] {
+            if let Some(s) = &mut streams[e.u64 as usize] {
+                s.read_exact(&mut b)?;
+                s.write_all(&b)?;
+                done += 1;
+            }
+        }
+    }
+    Ok(done as f64 / start.elapsed().as_secs_f64())
 }
 
 fn threads(addr: &str, time: Duration, n: usize) -> io::Result<()> {
@@ -453,12 +540,25 @@ fn run(args: &[&str]) -> io::Result<()> {
     let seconds = |s: &str| s.parse().map(Duration::from_secs_f64).map_err(|_| bad("SECONDS"));
     let number = |s: &str| s.parse::<usize>().map_err(|_| bad("a number is wanted"));
     match *args {
-        ["serve", kind, addr] => serve(kind, addr),
+        ["serve", "whole", size, addr] => serve("whole", addr, number(size)?),
+        ["serve", kind, addr] => serve(kind, addr, 0),
+        ["native", "serve", kind, addr] => native::serve(kind, addr),
+        ["native", "rr", addr, s] => native::rr(addr, seconds(s)?).map(print_latencies),
+        ["native", "stream", addr, s, size] => {
+            native::stream(addr, seconds(s)?, number(size)?).map(print_rate)
+        }
+        ["native", "reserve", addr, s, size] => {
+            native::reserve(addr, seconds(s)?, number(size)?).map(print_rate)
+        }
         ["rr", addr, s] => {
             print_latencies(round_trips(&mut connect(addr)?, seconds(s)?)?);
             Ok(())
         }
-        ["stream", addr, s, size] => stream(addr, seconds(s)?, number(size)?),
+        ["stream", addr, s, size] => stream(addr, seconds(s)?, number(size)?).map(print_rate),
+        ["streams", addr, s, size, n] => {
+            streams(addr, seconds(s)?, number(size)?, number(n)?).map(print_rate)
+        }
+        ["turns", addr, s, size, n] => turns(addr, seconds(s)?, number(size)?, number(n)?).map(print_rate),
         ["crr", addr, s] => crr(addr, seconds(s)?),
         ["many", addr, s, n] => many(addr, seconds(s)?, number(n)?),
         ["threads", addr, s, n] => threads(addr, seconds(s)?, number(n)?),

@@ -1,7 +1,8 @@
-//! `cargo xtask bpf`: makes cli/src/bpf/option.bpf.o of the C beside it.
+//! `cargo xtask bpf`: makes the BPF objects of the C beside them, that of `smc bpf` and that which `cargo xtask bench` compares
+//! with.
 //!
-//! The object is kept with the sources, for neither a build nor an attach is to need clang. Where there is the clang that
-//! made it, the tests make it again and compare.
+//! The objects are kept with the sources, for neither a build nor an attach is to need clang. Where there is the clang that
+//! made them, the tests make them again and compare.
 
 use std::fs;
 use std::io;
@@ -15,17 +16,21 @@ use crate::tally::Tally;
 const CLANG: &str = "clang-14";
 const STRIP: &str = "llvm-strip-14";
 
-fn folder() -> PathBuf {
-    shell::root().join("cli/src/bpf")
+/// The folder and the name of each.
+const OBJECTS: [(&str, &str); 2] = [("cli/src/bpf", "option.bpf"), ("xtask/src/bench", "sockmap.bpf")];
+
+/// Where an object lies.
+fn place(folder: &str, name: &str) -> PathBuf {
+    shell::root().join(folder).join(format!("{name}.o"))
 }
 
-fn run(command: &mut Command) -> io::Result<()> {
-    let status = command.current_dir(folder()).status()?;
+fn run(command: &mut Command, folder: &str) -> io::Result<()> {
+    let status = command.current_dir(shell::root().join(folder)).status()?;
     if status.success() { Ok(()) } else { Err(io::Error::other(format!("{command:?}: {status}"))) }
 }
 
 /// From the folder of the source, so that no path of this machine gets in.
-fn make(object: &Path) -> io::Result<()> {
+fn make(folder: &str, name: &str, object: &Path) -> io::Result<()> {
     let headers = format!("-I/usr/include/{}-linux-gnu", std::env::consts::ARCH);
     // -g makes the BTF by which the kernel knows the maps; what else it makes is dropped.
     let words = [
@@ -39,8 +44,9 @@ fn make(object: &Path) -> io::Result<()> {
         "-Werror",
         "-fdebug-compilation-dir=.",
     ];
-    run(Command::new(CLANG).args(words).arg(headers).args(["-c", "option.bpf.c", "-o"]).arg(object))?;
-    run(Command::new(STRIP).arg("-g").arg(object))
+    let source = format!("{name}.c");
+    run(Command::new(CLANG).args(words).arg(headers).args(["-c", &source, "-o"]).arg(object), folder)?;
+    run(Command::new(STRIP).arg("-g").arg(object), folder)
 }
 
 fn wanting() -> Option<&'static str> {
@@ -51,7 +57,7 @@ fn wanting() -> Option<&'static str> {
 pub fn main() -> ExitCode {
     let made = match wanting() {
         Some(what) => Err(io::Error::other(format!("there is no {what} (Debian: clang-14 llvm-14)"))),
-        None => make(&folder().join("option.bpf.o")),
+        None => OBJECTS.iter().try_for_each(|(folder, name)| make(folder, name, &place(folder, name))),
     };
     made.map_or_else(
         |e| {
@@ -62,16 +68,21 @@ pub fn main() -> ExitCode {
     )
 }
 
-/// Whether the object is what its source makes; none: there is nothing to make it with.
+/// Whether the objects are what their sources make; none: there is nothing to make them with.
 pub fn check() -> io::Result<Option<Tally>> {
     if wanting().is_some() {
         return Ok(None);
     }
-    let scratch = shell::target_dir().join("option.bpf.o");
-    make(&scratch)?;
-    let same = fs::read(&scratch)? == fs::read(folder().join("option.bpf.o"))?;
-    if !same {
-        println!("cli/src/bpf/option.bpf.o is not what option.bpf.c makes: `cargo xtask bpf`");
+    let mut tally = Tally::default();
+    for (folder, name) in OBJECTS {
+        let scratch = shell::target_dir().join(name);
+        make(folder, name, &scratch)?;
+        let kept = place(folder, name);
+        let same = fs::read(&scratch)? == fs::read(&kept)?;
+        if !same {
+            println!("{} is not what its source makes: `cargo xtask bpf`", kept.display());
+        }
+        tally.add(Tally::step(same));
     }
-    Ok(Some(Tally::step(same)))
+    Ok(Some(tally))
 }

@@ -35,6 +35,10 @@ pub enum Mode {
     /// Unix stream sockets instead.
     Unix,
     Libsmc,
+    /// `smc::net`, without a library that is preloaded.
+    Native,
+    /// TCP, and a BPF program that hands what is sent to the other end's socket.
+    Sockmap,
     /// Another build of the library.
     Before,
     /// What the machine can do at best, without sockets.
@@ -47,6 +51,8 @@ impl Mode {
             Self::Tcp => "tcp",
             Self::Unix => "unix",
             Self::Libsmc => "libsmc",
+            Self::Native => "native",
+            Self::Sockmap => "sockmap",
             Self::Before => "before",
             Self::Limit => "limit",
         }
@@ -59,6 +65,8 @@ pub struct Round {
     pub mode: Mode,
     /// The library that programs are preloaded with, if any.
     pub library: Option<PathBuf>,
+    /// The cgroup that programs are started in, if not our own.
+    pub cgroup: Option<PathBuf>,
     pub seconds: f64,
     /// Folder of the round's files.
     pub dir: PathBuf,
@@ -69,7 +77,15 @@ pub struct Round {
 impl Round {
     /// A program as this round runs it.
     pub fn command(&self, program: impl AsRef<Path>) -> Command {
-        let mut c = Command::new(program.as_ref());
+        let mut c = match &self.cgroup {
+            None => Command::new(program.as_ref()),
+            Some(cgroup) => {
+                let mut c = Command::new("sh");
+                c.args(["-c", r#"echo $$ >"$0/cgroup.procs" && exec "$@""#]);
+                c.arg(cgroup).arg(program.as_ref());
+                c
+            }
+        };
         c.env("PATH", shell::path_with_sbin()).env("LC_ALL", "C").current_dir(&self.dir);
         // cargo's own search path is nothing the programs should see.
         c.env_remove("LD_PRELOAD").env_remove("LD_LIBRARY_PATH");

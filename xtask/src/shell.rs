@@ -52,7 +52,7 @@ impl Folder {
     pub fn new(name: &str) -> io::Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = env::temp_dir().join(format!("smc-{name}.{}.{number}", std::process::id()));
+        let path = env::temp_dir().join(format!("smc-{name}-{}-{number}", std::process::id()));
         fs::create_dir(&path)?;
         Ok(Self(path))
     }

@@ -9,7 +9,7 @@ use crate::rounds::{
 };
 use crate::shell::Running;
 
-use Mode::{Libsmc, Limit, Tcp, Unix};
+use Mode::{Libsmc, Limit, Native, Sockmap, Tcp, Unix};
 
 pub const fn more(name: &'static str, unit: &'static str) -> Measure {
     Measure { name, unit, less_is_better: false }
@@ -22,18 +22,21 @@ pub const fn less(name: &'static str, unit: &'static str) -> Measure {
 const LATENCIES: [Measure; 3] = [less("p50", "us"), less("p99", "us"), less("mean", "us")];
 const CROSS: Measure = less("TCP's p50, libsmc's p99", "us");
 
-pub const CASES: [Case; 17] = [
+pub const CASES: [Case; 20] = [
     Case {
         name: "rr",
         what: "64 bytes to and fro, blocking",
         needs: &[],
         measures: &[
-            (LATENCIES[0], Goal::Any),
-            (LATENCIES[1], Goal::Any),
-            (LATENCIES[2], Goal::Any),
-            (CROSS, Goal::Times(1.0)),
+            (
+                LATENCIES[0],
+                &[Goal::Times(40.0), Goal::Of(Libsmc, Limit, 1.0 / 3.0), Goal::Of(Native, Limit, 1.0 / 1.5)],
+            ),
+            (LATENCIES[1], &[]),
+            (LATENCIES[2], &[Goal::Times(20.0)]),
+            (CROSS, &[Goal::Times(1.0)]),
         ],
-        modes: &[Tcp, Unix, Libsmc, Limit],
+        modes: &[Tcp, Unix, Sockmap, Libsmc, Native, Limit],
         upgrades: true,
         run: |r| rr(r, None),
     },
@@ -41,7 +44,7 @@ pub const CASES: [Case; 17] = [
         name: "rr-one-cpu",
         what: "the same with both ends on one CPU",
         needs: &[],
-        measures: &[(LATENCIES[0], Goal::Times(1.0)), (LATENCIES[2], Goal::Times(1.0))],
+        measures: &[(LATENCIES[0], &[Goal::Times(1.0)]), (LATENCIES[2], &[Goal::Times(1.0)])],
         modes: &[Tcp, Unix, Libsmc],
         upgrades: true,
         run: |r| rr(r, Some("0")).map(|v| vec![v[0], v[2]]),
@@ -50,25 +53,34 @@ pub const CASES: [Case; 17] = [
         name: "stream-64",
         what: "writes of 64 bytes",
         needs: &[],
-        measures: &[(more("messages", "1000/s"), Goal::Times(15.0))],
-        modes: &[Tcp, Unix, Libsmc, Limit],
+        measures: &[(more("messages", "1000/s"), &[Goal::Times(15.0), Goal::Of(Native, Tcp, 30.0)])],
+        modes: &[Tcp, Unix, Sockmap, Libsmc, Native, Limit],
         upgrades: true,
-        run: |r| Ok(vec![stream(r, "64")? / 1e3]),
+        run: |r| Ok(vec![stream(r, "stream", "64")? / 1e3]),
     },
     Case {
         name: "stream-64k",
         what: "writes of 64 KiB",
         needs: &[],
-        measures: &[(more("bytes", "Gbit/s"), Goal::Any)],
-        modes: &[Tcp, Unix, Libsmc, Limit],
+        measures: &[(more("bytes", "Gbit/s"), &[Goal::Of(Native, Limit, 0.8)])],
+        modes: &[Tcp, Unix, Sockmap, Libsmc, Native, Limit],
         upgrades: true,
-        run: |r| Ok(vec![stream(r, "65536")? * 65536.0 * 8e-9]),
+        run: |r| Ok(vec![stream(r, "stream", "65536")? * 65536.0 * 8e-9]),
+    },
+    Case {
+        name: "reserve-64k",
+        what: "the same by `reserve`, `commit` and `consume_with`, in the ring's own memory",
+        needs: &[],
+        measures: &[(more("bytes", "Gbit/s"), &[Goal::Of(Native, Limit, 1.0)])],
+        modes: &[Tcp, Native, Limit],
+        upgrades: false,
+        run: |r| Ok(vec![stream(r, "reserve", "65536")? * 65536.0 * 8e-9]),
     },
     Case {
         name: "crr",
         what: "a connection for each request",
         needs: &[],
-        measures: &[(more("requests", "1000/s"), Goal::Times(0.97))],
+        measures: &[(more("requests", "1000/s"), &[Goal::Times(0.97)])],
         modes: &[Tcp, Unix, Libsmc],
         upgrades: false,
         run: |r| Ok(vec![rate(r, "once", "crr", &[])? / 1e3]),
@@ -86,10 +98,28 @@ pub const CASES: [Case; 17] = [
         name: "threads",
         what: "8 and 8 threads, each pair as rr: more threads than CPUs",
         needs: &[],
-        measures: &[(more("round trips", "1000/s"), Goal::Times(1.0))],
+        measures: &[(more("round trips", "1000/s"), &[Goal::Times(1.0)])],
         modes: &[Tcp, Unix, Libsmc],
         upgrades: true,
         run: |r| Ok(vec![rate(r, "echo", "threads", &["8"])? / 1e3]),
+    },
+    Case {
+        name: "sweep-turns",
+        what: "sizes and numbers of connections: so many bytes to and fro on each",
+        needs: &[],
+        measures: &SWEEP,
+        modes: &[Tcp, Libsmc],
+        upgrades: true,
+        run: |r| sweep(r, "turns"),
+    },
+    Case {
+        name: "sweep-streams",
+        what: "sizes and numbers of connections: writes of so many bytes, a pair of threads for each",
+        needs: &[],
+        measures: &SWEEP,
+        modes: &[Tcp, Libsmc],
+        upgrades: true,
+        run: |r| sweep(r, "streams"),
     },
     Case {
         name: "idle-1000",
@@ -113,7 +143,7 @@ pub const CASES: [Case; 17] = [
         name: "pipe",
         what: "a byte through a pipe: calls that are not ours",
         needs: &[],
-        measures: &[(less("write and read", "ns"), Goal::Times(0.99))],
+        measures: &[(less("write and read", "ns"), &[Goal::Times(0.99)])],
         modes: &[Tcp, Libsmc],
         upgrades: false,
         run: |r| {
@@ -125,7 +155,7 @@ pub const CASES: [Case; 17] = [
         name: "start",
         what: "a program that does nothing, from fork to its end",
         needs: &[],
-        measures: &[(less("mean of 200", "ms"), Goal::More(0.5))],
+        measures: &[(less("mean of 200", "ms"), &[Goal::More(0.5)])],
         modes: &[Tcp, Libsmc],
         upgrades: false,
         run: start,
@@ -135,10 +165,10 @@ pub const CASES: [Case; 17] = [
         what: "both ends in one thread: what the calls themselves cost",
         needs: &[],
         measures: &[
-            (less("write, read", "ns"), Goal::Times(1.0)),
-            (less("write, epoll_wait, read", "ns"), Goal::Times(1.0)),
-            (less("write, poll, read", "ns"), Goal::Times(1.0)),
-            (less("open, close", "ns"), Goal::Any),
+            (less("write, read", "ns"), &[Goal::Times(1.0)]),
+            (less("write, epoll_wait, read", "ns"), &[Goal::Times(1.0)]),
+            (less("write, poll, read", "ns"), &[Goal::Times(1.0)]),
+            (less("open, close", "ns"), &[]),
         ],
         modes: &[Tcp, Libsmc],
         upgrades: true,
@@ -152,11 +182,11 @@ pub const CASES: [Case; 17] = [
         what: "the same in instructions outside the kernel, by valgrind: no noise",
         needs: &["valgrind"],
         measures: &[
-            (less("write, read", ""), Goal::Any),
-            (less("write, epoll_wait, read", ""), Goal::Any),
-            (less("write, poll, read", ""), Goal::Any),
-            (less("open, close", ""), Goal::Any),
-            (less("pipe write, read", ""), Goal::Any),
+            (less("write, read", ""), &[]),
+            (less("write, epoll_wait, read", ""), &[]),
+            (less("write, poll, read", ""), &[]),
+            (less("open, close", ""), &[]),
+            (less("pipe write, read", ""), &[]),
         ],
         modes: &[Tcp, Libsmc],
         upgrades: true,
@@ -168,7 +198,7 @@ pub const CASES: [Case; 17] = [
         name: "built-in",
         what: "examples/plain_client: std::net",
         needs: &[],
-        measures: &[(more("stream", "Gbit/s"), Goal::Times(4.0))],
+        measures: &[(more("stream", "Gbit/s"), &[Goal::Times(4.0)])],
         modes: &[Tcp, Libsmc],
         upgrades: true,
         run: built_in,
@@ -177,20 +207,51 @@ pub const CASES: [Case; 17] = [
         name: "threads-1",
         what: "one pair of threads: what `threads` is to be compared with",
         needs: &[],
-        measures: &[(more("round trips", "1000/s"), Goal::Any)],
+        measures: &[(more("round trips", "1000/s"), &[])],
         modes: &[Tcp, Unix, Libsmc],
         upgrades: true,
         run: |r| Ok(vec![rate(r, "echo", "threads", &["1"])? / 1e3]),
     },
 ];
 
-const IDLE: [(Measure, Goal); 3] = [
-    (less("memory of both, each", "bytes"), Goal::More(4096.0)),
-    (less("CPU in a second", "ms"), Goal::More(1.0)),
-    (more("connections", ""), Goal::Any),
+const IDLE: [(Measure, &[Goal]); 3] = [
+    (less("memory of both, each", "bytes"), &[Goal::More(4096.0)]),
+    (less("CPU in a second", "ms"), &[Goal::More(1.0)]),
+    (more("connections", ""), &[]),
 ];
 
-const MANY: [(Measure, Goal); 1] = [(more("requests", "1000/s"), Goal::Times(1.0))];
+/// Bytes and connections.
+const SIZES: [&str; 6] = ["1", "64", "1024", "16384", "131072", "1048576"];
+const CONNECTIONS: [&str; 3] = ["1", "16", "512"];
+
+/// Nowhere below TCP.
+const fn point(name: &'static str) -> (Measure, &'static [Goal]) {
+    (more(name, "1000/s"), &[Goal::Times(0.97)])
+}
+
+/// In the order of [`sweep`].
+const SWEEP: [(Measure, &[Goal]); 18] = [
+    point("1 B, 1"),
+    point("1 B, 16"),
+    point("1 B, 512"),
+    point("64 B, 1"),
+    point("64 B, 16"),
+    point("64 B, 512"),
+    point("1 KiB, 1"),
+    point("1 KiB, 16"),
+    point("1 KiB, 512"),
+    point("16 KiB, 1"),
+    point("16 KiB, 16"),
+    point("16 KiB, 512"),
+    point("128 KiB, 1"),
+    point("128 KiB, 16"),
+    point("128 KiB, 512"),
+    point("1 MiB, 1"),
+    point("1 MiB, 16"),
+    point("1 MiB, 512"),
+];
+
+const MANY: [(Measure, &[Goal]); 1] = [(more("requests", "1000/s"), &[Goal::Times(1.0)])];
 
 const fn many(name: &'static str, what: &'static str, run: fn(&mut Round) -> Result<Vec<f64>>) -> Case {
     Case { name, what, needs: &[], measures: &MANY, modes: &[Tcp, Unix, Libsmc], upgrades: true, run }
@@ -214,13 +275,20 @@ fn served(
         c.envs(cpu.map(|n| ("BENCH_CPU", n))).envs(env.iter().copied());
         c
     };
-    let mut server = Running::start(command(round).args(["serve", kind, &address]))?;
+    let mut serve = command(round);
+    if round.mode == Native {
+        serve.arg("native");
+    }
+    let mut server = Running::start(serve.arg("serve").args(kind.split(' ')).arg(&address))?;
     match address.rsplit_once(':') {
         Some((_, port)) => wait_for_listener(port.parse()?, &mut server)?,
         None => wait_for_path(&address)?,
     }
     let pid = server.pid().to_string();
     let mut c = command(round);
+    if round.mode == Native {
+        c.arg("native");
+    }
     c.args([client[0], &address]).args(client[1..].iter().map(|a| if *a == "{pid}" { &pid } else { *a }));
     round.client(&mut c, &mut server)
 }
@@ -270,12 +338,28 @@ fn rr(round: &mut Round, cpu: Option<&str>) -> Result<Vec<f64>> {
     Ok(vec![p50, p99, number_after(&text, "mean")?, if round.mode == Tcp { p50 } else { p99 }])
 }
 
-fn stream(round: &mut Round, size: &str) -> Result<f64> {
+/// `how`: `stream`, or `reserve` where the way is native.
+fn stream(round: &mut Round, how: &str, size: &str) -> Result<f64> {
     let seconds = round.seconds.to_string();
     if round.mode == Limit {
         return Ok(alone(round, &["ring", &seconds, size], "rate")?[0]);
     }
-    number_after(&served(round, "sink", &["stream", &seconds, size], None, &[])?, "rate")
+    let (how, sink) =
+        if round.mode == Native && how == "reserve" { (how, "in-place") } else { ("stream", "sink") };
+    number_after(&served(round, sink, &[how, &seconds, size], None, &[])?, "rate")
+}
+
+fn sweep(round: &mut Round, what: &str) -> Result<Vec<f64>> {
+    let seconds = (round.seconds / 4.0).to_string();
+    let mut all = Vec::new();
+    for size in SIZES {
+        let kind = if what == "turns" { format!("whole {size}") } else { "sink".into() };
+        for connections in CONNECTIONS {
+            let text = served(round, &kind, &[what, &seconds, size, connections], None, &[])?;
+            all.push(number_after(&text, "rate")? / 1e3);
+        }
+    }
+    Ok(all)
 }
 
 fn rate(round: &mut Round, kind: &str, client: &str, more: &[&str]) -> Result<f64> {

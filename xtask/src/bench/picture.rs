@@ -10,10 +10,10 @@ pub fn svg(rows: &[Row]) -> String {
             name: format!("{} {}", r.case, r.measure.name),
             times: r.times(Mode::Libsmc, Mode::Tcp)?,
             colour: if r.reached() == Some(false) { "#d88" } else { "#58a" },
-            goal: match r.goal {
-                Goal::Times(n) => Some(n),
+            goal: r.goals.iter().find_map(|g| match g {
+                Goal::Times(n) => Some(*n),
                 _ => None,
-            },
+            }),
         })
     };
     let bars: Vec<Bar> = rows.iter().filter_map(bar).collect();

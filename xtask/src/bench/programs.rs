@@ -11,6 +11,7 @@ use crate::rounds::{Mode, Result, Round, free_port, number_after, wait_for_liste
 use crate::shell::{self, Running};
 
 const MODES: &[Mode] = &[Mode::Tcp, Mode::Libsmc];
+const WITH_SOCKMAP: &[Mode] = &[Mode::Tcp, Mode::Sockmap, Mode::Libsmc];
 const REDIS: &[&str] = &["redis-server", "redis-benchmark"];
 
 /// Where a program is; PostgreSQL's servers lie in folders of their version.
@@ -24,66 +25,73 @@ pub fn find(program: &str) -> Option<PathBuf> {
 const fn redis_case(
     name: &'static str,
     what: &'static str,
-    measures: &'static [(crate::rounds::Measure, Goal)],
+    measures: &'static [(crate::rounds::Measure, &[Goal])],
     run: fn(&mut Round) -> Result<Vec<f64>>,
 ) -> Case {
-    Case { name, what, needs: REDIS, measures, modes: MODES, upgrades: true, run }
+    Case { name, what, needs: REDIS, measures, modes: WITH_SOCKMAP, upgrades: true, run }
 }
 
 const fn iperf_case(
     name: &'static str,
     what: &'static str,
-    measures: &'static [(crate::rounds::Measure, Goal)],
+    measures: &'static [(crate::rounds::Measure, &[Goal])],
     run: fn(&mut Round) -> Result<Vec<f64>>,
 ) -> Case {
     Case { name, what, needs: &["iperf3"], measures, modes: MODES, upgrades: true, run }
 }
 
-pub const CASES: [Case; 14] = [
+const TWICE_SOCKMAP: Goal = Goal::Of(Mode::Libsmc, Mode::Sockmap, 2.0);
+
+pub const CASES: [Case; 15] = [
     Case {
         name: "sockperf",
         what: "ping-pong, 64 bytes; sockperf counts half a round trip",
         needs: &["sockperf"],
         measures: &[
-            (less("p50", "us"), Goal::Times(40.0)),
-            (less("p99", "us"), Goal::Any),
-            (less("TCP's p50, libsmc's p99", "us"), Goal::Times(1.0)),
+            (less("p50", "us"), &[Goal::Times(40.0)]),
+            (less("p99", "us"), &[]),
+            (less("TCP's p50, libsmc's p99", "us"), &[Goal::Times(1.0)]),
         ],
         modes: MODES,
         upgrades: true,
         run: sockperf,
     },
-    redis_case("redis-1", "GET, 1 client", &[(more("GET", "1000/s"), Goal::Times(5.0))], |r| {
+    redis_case("redis-1", "GET, 1 client", &[(more("GET", "1000/s"), &[Goal::Times(5.0)])], |r| {
         redis(r, "1", "1")
     }),
-    redis_case("redis-50", "GET, 50 clients", &[(more("GET", "1000/s"), Goal::Times(4.0))], |r| {
-        redis(r, "50", "1")
-    }),
-    redis_case("redis-512", "GET, 512 clients", &[(more("GET", "1000/s"), Goal::Times(3.0))], |r| {
+    redis_case(
+        "redis-50",
+        "GET, 50 clients",
+        &[(more("GET", "1000/s"), &[Goal::Times(4.0), TWICE_SOCKMAP])],
+        |r| redis(r, "50", "1"),
+    ),
+    redis_case("redis-512", "GET, 512 clients", &[(more("GET", "1000/s"), &[Goal::Times(3.0)])], |r| {
         redis(r, "512", "1")
     }),
-    redis_case("redis-1000", "GET, 1000 clients", &[(more("GET", "1000/s"), Goal::Times(3.0))], |r| {
+    redis_case("redis-1000", "GET, 1000 clients", &[(more("GET", "1000/s"), &[Goal::Times(3.0)])], |r| {
         redis(r, "1000", "1")
     }),
-    redis_case("redis-P16", "GET, 50 clients, -P 16", &[(more("GET", "1000/s"), Goal::Times(1.3))], |r| {
+    redis_case("redis-P16", "GET, 50 clients, -P 16", &[(more("GET", "1000/s"), &[Goal::Times(1.3)])], |r| {
         redis(r, "50", "16")
     }),
-    iperf_case("iperf3", "one stream", &[(more("stream", "Gbit/s"), Goal::Times(4.0))], |r| iperf3(r, &[])),
-    iperf_case("iperf3-R", "from the server", &[(more("stream", "Gbit/s"), Goal::Times(3.0))], |r| {
+    iperf_case("iperf3", "one stream", &[(more("stream", "Gbit/s"), &[Goal::Times(4.0)])], |r| {
+        iperf3(r, &[])
+    }),
+    iperf_case("iperf3-R", "from the server", &[(more("stream", "Gbit/s"), &[Goal::Times(3.0)])], |r| {
         iperf3(r, &["-R"])
     }),
-    iperf_case("iperf3-bidir", "both ways at once", &[(more("sum", "Gbit/s"), Goal::Times(3.0))], |r| {
+    iperf_case("iperf3-bidir", "both ways at once", &[(more("sum", "Gbit/s"), &[Goal::Times(3.0)])], |r| {
         iperf3(r, &["--bidir"])
     }),
-    iperf_case("iperf3-P4", "four streams", &[(more("sum", "Gbit/s"), Goal::Times(3.0))], |r| {
+    iperf_case("iperf3-P4", "four streams", &[(more("sum", "Gbit/s"), &[Goal::Times(3.0)])], |r| {
         iperf3(r, &["-P", "4"])
     }),
     Case {
         name: "memcached",
         what: "memcslap, 20 threads, get",
         needs: &["memcached", "memcslap"],
-        measures: &[(more("get", "1000/s"), Goal::Times(3.0))],
-        modes: MODES,
+        measures: &[(more("get", "1000/s"), &[Goal::Times(3.0)])],
+        modes: WITH_SOCKMAP,
         upgrades: true,
         run: memcached,
     },
@@ -91,16 +99,25 @@ pub const CASES: [Case; 14] = [
         name: "nginx",
         what: "wrk, 64 connections, a file of 1 KiB",
         needs: &["nginx", "wrk"],
-        measures: &[(more("requests", "1000/s"), Goal::Times(2.0))],
-        modes: MODES,
+        measures: &[(more("requests", "1000/s"), &[Goal::Times(2.0)])],
+        modes: WITH_SOCKMAP,
         upgrades: true,
         run: wrk,
+    },
+    Case {
+        name: "nginx-proxy",
+        what: "the same by a second nginx that asks the first",
+        needs: &["nginx", "wrk"],
+        measures: &[(more("requests", "1000/s"), &[Goal::Times(1.7)])],
+        modes: WITH_SOCKMAP,
+        upgrades: true,
+        run: proxied,
     },
     Case {
         name: "nginx-ab",
         what: "ab, a connection for each request, 8 at once",
         needs: &["nginx", "ab"],
-        measures: &[(more("requests", "1000/s"), Goal::Times(0.97))],
+        measures: &[(more("requests", "1000/s"), &[Goal::Times(0.97)])],
         modes: MODES,
         upgrades: false,
         run: ab,
@@ -109,7 +126,7 @@ pub const CASES: [Case; 14] = [
         name: "pgbench",
         what: "pgbench -S, 8 clients",
         needs: &["postgres", "initdb", "pgbench"],
-        measures: &[(more("transactions", "1000/s"), Goal::Times(1.4))],
+        measures: &[(more("transactions", "1000/s"), &[Goal::Times(1.4)])],
         modes: MODES,
         upgrades: true,
         run: pgbench,
@@ -182,21 +199,27 @@ fn memcached(round: &mut Round) -> Result<Vec<f64>> {
 
 /// nginx with one worker and a file of 1 KiB, and the file's address.
 fn nginx(round: &Round) -> Result<(Running, String)> {
-    let port = free_port()?;
-    let dir = round.dir.display();
     fs::write(round.dir.join("file"), [b'x'; 1024])?;
+    nginx_with(round, "n", "", &format!("root {};", round.dir.display()))
+}
+
+/// nginx with one worker, whose files' names begin with `name`; an address that the server's part `what` is asked for.
+fn nginx_with(round: &Round, name: &str, http: &str, what: &str) -> Result<(Running, String)> {
+    let port = free_port()?;
+    let at = round.dir.join(name).display().to_string();
     fs::write(
-        round.dir.join("conf"),
+        format!("{at}.conf"),
         format!(
-            "daemon off; worker_processes 1; pid {dir}/pid; error_log {dir}/log;\n\
+            "daemon off; worker_processes 1; pid {at}.pid; error_log {at}.log;\n\
              events {{ worker_connections 1024; }}\n\
-             http {{ access_log off; keepalive_requests 100000000; client_body_temp_path {dir}/b;\n\
-             proxy_temp_path {dir}/p; fastcgi_temp_path {dir}/f; uwsgi_temp_path {dir}/u; scgi_temp_path {dir}/s;\n\
-             server {{ listen 127.0.0.1:{port} backlog=1024; root {dir}; }} }}\n"
+             http {{ access_log off; keepalive_requests 100000000; client_body_temp_path {at}.b;\n\
+             proxy_temp_path {at}.p; fastcgi_temp_path {at}.f; uwsgi_temp_path {at}.u; scgi_temp_path {at}.s;\n\
+             {http}\n\
+             server {{ listen 127.0.0.1:{port} backlog=1024; {what} }} }}\n"
         ),
     )?;
     let mut command = round.command("nginx");
-    command.arg("-e").arg(round.dir.join("log")).arg("-c").arg(round.dir.join("conf"));
+    command.arg("-e").arg(format!("{at}.log")).arg("-c").arg(format!("{at}.conf"));
     // A killed master would leave its worker: one process is enough.
     command.args(["-g", "master_process off;"]);
     let mut server = Running::start(&mut command)?;
@@ -204,12 +227,26 @@ fn nginx(round: &Round) -> Result<(Running, String)> {
     Ok((server, format!("http://127.0.0.1:{port}/file")))
 }
 
+fn proxied(round: &mut Round) -> Result<Vec<f64>> {
+    let (_behind, url) = nginx(round)?;
+    let place = url.trim_start_matches("http://").trim_end_matches("/file");
+    let http = format!("upstream behind {{ server {place}; keepalive 64; keepalive_requests 100000000; }}");
+    let what =
+        "location / { proxy_pass http://behind; proxy_http_version 1.1; proxy_set_header Connection \"\"; }";
+    let (mut server, url) = nginx_with(round, "front", &http, what)?;
+    by_wrk(round, &mut server, &url)
+}
+
 fn wrk(round: &mut Round) -> Result<Vec<f64>> {
     let (mut server, url) = nginx(round)?;
+    by_wrk(round, &mut server, &url)
+}
+
+fn by_wrk(round: &mut Round, server: &mut Running, url: &str) -> Result<Vec<f64>> {
     let seconds = round.seconds.ceil().to_string();
     let mut client = round.command("wrk");
-    client.args(["-t", "1", "-c", "64", "-d", &seconds, &url]);
-    let text = round.client(&mut client, &mut server)?;
+    client.args(["-t", "1", "-c", "64", "-d", &seconds, url]);
+    let text = round.client(&mut client, server)?;
     Ok(vec![number_after(&text, "Requests/sec:")? / 1000.0])
 }
 

@@ -26,16 +26,22 @@ fn cell(row: &Row, mode: Mode) -> String {
     row.median(mode).map_or_else(|| "-".into(), short)
 }
 
-fn goal(row: &Row) -> String {
-    let text = match row.goal {
-        Goal::Any => return String::new(),
+/// What is asked for, without what came of it.
+fn asked(goal: Goal) -> String {
+    match goal {
         Goal::Times(n) => format!("{}x", short(n)),
+        Goal::Of(mode, than, n) => format!("{} {}x {}", mode.name(), short(n), than.name()),
         Goal::More(n) => format!("+{}", short(n)),
-    };
-    match row.reached() {
-        Some(false) => format!("{text} MISSED"),
-        _ => text,
     }
+}
+
+fn goals(row: &Row) -> String {
+    let told = |g: &Goal| match row.reaches(*g) {
+        Some(true) => asked(*g),
+        Some(false) => format!("{} MISSED", asked(*g)),
+        None => format!("{} (not measured)", asked(*g)),
+    };
+    row.goals.iter().map(told).collect::<Vec<_>>().join("; ")
 }
 
 /// For a terminal.
@@ -51,29 +57,30 @@ pub fn table(rows: &[Row]) -> String {
         if let Some(t) = r.times(Mode::Libsmc, Mode::Before) {
             let _ = write!(out, " of before {}", spread(t));
         }
-        let _ = writeln!(out, " {}", goal(r));
+        let _ = writeln!(out, " {}", goals(r));
     }
     out
 }
 
 fn markdown(rows: &[Row]) -> String {
     let mut out = String::from(
-        "| case | measure | unit | TCP | Unix | libsmc | limit | times TCP | rounds | asked |\n\
-         | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n",
+        "| case | measure | unit | TCP | Unix | sockmap | libsmc | native | limit | times TCP | rounds | asked |\n\
+         | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |\n",
     );
     for r in rows {
-        let t = r.times(Mode::Libsmc, Mode::Tcp).unwrap_or([f64::NAN; 3]);
-        let cells = [Mode::Tcp, Mode::Unix, Mode::Libsmc, Mode::Limit].map(|m| cell(r, m)).join(" | ");
+        let columns = [Mode::Tcp, Mode::Unix, Mode::Sockmap, Mode::Libsmc, Mode::Native, Mode::Limit];
+        let cells = columns.map(|m| cell(r, m)).join(" | ");
+        let (times, spread) = match r.times(Mode::Libsmc, Mode::Tcp) {
+            Some(t) => (short(t[1]), format!("{} to {}", short(t[0]), short(t[2]))),
+            None => ("-".into(), "-".into()),
+        };
         let _ = writeln!(
             out,
-            "| {} | {} | {} | {cells} | {} | {} to {} | {} |",
+            "| {} | {} | {} | {cells} | {times} | {spread} | {} |",
             r.case,
             r.measure.name,
             r.measure.unit,
-            short(t[1]),
-            short(t[0]),
-            short(t[2]),
-            goal(r)
+            goals(r)
         );
     }
     out
@@ -114,11 +121,11 @@ pub fn json(rows: &[Row], quick: bool) -> String {
         plain(load.trim())
     );
     for (i, r) in rows.iter().enumerate() {
-        let goal = match r.goal {
-            Goal::Any => "null".into(),
-            Goal::Times(n) => format!("{{\"times\":{n}}}"),
-            Goal::More(n) => format!("{{\"more\":{n}}}"),
+        let told = |g: &Goal| {
+            let reached = r.reaches(*g).map_or_else(|| "null".into(), |b| b.to_string());
+            format!("{{\"asked\":\"{}\",\"reached\":{reached}}}", asked(*g))
         };
+        let goals = r.goals.iter().map(told).collect::<Vec<_>>().join(",");
         let modes: Vec<String> = r
             .values
             .iter()
@@ -130,7 +137,7 @@ pub fn json(rows: &[Row], quick: bool) -> String {
         let times = r.times(Mode::Libsmc, Mode::Tcp).map_or_else(String::new, |t| list(&t));
         let _ = write!(
             out,
-            "{}{{\"case\":\"{}\",\"measure\":\"{}\",\"unit\":\"{}\",\"less_is_better\":{},\"goal\":{goal},\
+            "{}{{\"case\":\"{}\",\"measure\":\"{}\",\"unit\":\"{}\",\"less_is_better\":{},\"goals\":[{goals}],\
              \"reached\":{},\"times_tcp\":[{times}],\"modes\":{{{}}}}}",
             if i == 0 { "" } else { ",\n" },
             r.case,
@@ -154,7 +161,7 @@ mod tests {
         let row = Row {
             case: "c",
             measure: Measure { name: "m", unit: "u", less_is_better: false },
-            goal: Goal::Times(2.0),
+            goals: &[Goal::Times(2.0)],
             values: vec![(Mode::Tcp, vec![0.0]), (Mode::Libsmc, vec![0.0])],
         };
         let json = json(&[row], true);

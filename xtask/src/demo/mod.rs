@@ -44,6 +44,7 @@ fn measure(pair: &Pair, rounds: usize, seconds: f64, dir: &Path) -> Result<Outco
             let mut round = Round {
                 mode,
                 library: (mode == Mode::Libsmc).then(library),
+                cgroup: None,
                 seconds,
                 dir: dir.clone(),
                 seen: look.then(Vec::new),
