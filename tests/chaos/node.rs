@@ -304,8 +304,16 @@ fn by_process(mut t: Talk) -> Result<(), Ended> {
         [t.id, t.tx.seed, t.tx.at, t.tx.of, t.tx.over.into(), t.rx.seed, t.rx.at, t.rx.of, t.rx.over.into()];
     let mut c = Command::new(env::current_exe().expect("our own path"));
     c.args(["--node", "resume", &t.fd.to_string()]).args(numbers.map(|n| n.to_string()));
-    let e = c.exec();
-    Err(Ended::Bad(format!("exec: {e}")))
+    loop {
+        let e = c.exec();
+        match e.raw_os_error() {
+            // execve(2) may fail so.
+            Some(libc::ENOMEM | libc::EMFILE | libc::ENFILE | libc::EAGAIN) => {
+                thread::sleep(Duration::from_millis(1));
+            }
+            _ => return Err(Ended::Bad(format!("exec: {e}"))),
+        }
+    }
 }
 
 /// The child receives, the parent sends: both by one connection.

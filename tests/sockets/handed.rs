@@ -18,6 +18,7 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(in_place).procs(),
     s!(twice).procs(),
     s!(after_failed_execs).procs(),
+    s!(without_descriptors).procs(),
     s!(half_of_it_read).procs(),
     s!(spawned).procs(),
     s!(holder_waits_for_the_program).procs(),
@@ -236,6 +237,11 @@ pub fn inherited(what: &str, fd: i32) -> i32 {
 
 /// The process that accepted the connection becomes another program, which knows it by its number.
 fn becoming(w: &World, states: &[&str], what: &str) {
+    becoming_by(w, states, what, |exec| exec());
+}
+
+/// As above; `how` does the exec.
+fn becoming_by(w: &World, states: &[&str], what: &str, how: fn(&dyn Fn() -> i32) -> i32) {
     for state in states {
         let (l, port) = listener(&address("4", 0), 10);
         let told = sys::pipe();
@@ -248,7 +254,7 @@ fn becoming(w: &World, states: &[&str], what: &str) {
             e.arrived(18);
             let _ = sys::read(told[0], &mut [0; 1]);
             let exe = std::env::current_exe().expect("our own path");
-            exec(exe.to_str().expect("utf-8"), &["sockets", "--inherited", what, &e.fd.to_string()])
+            how(&|| exec(exe.to_str().expect("utf-8"), &["sockets", "--inherited", what, &e.fd.to_string()]))
         });
         sys::close(l).expect("close");
         let far: i32 = w.ask(&format!("connect 4 {port}")).parse().expect("an fd");
@@ -300,6 +306,21 @@ fn after_failed_execs(w: &World) {
         then_ends(w, &c, state);
         log!("{} {} far {}", c.drain(), show(sys::close(c.fd)), w.far(&c, "drain"));
     }
+}
+
+/// Every number below the limit is used. An exec may fail for that, as for want of memory; what it may not do is start a
+/// program that does not find its bytes.
+fn without_descriptors(w: &World) {
+    becoming_by(w, &STATES, "only", |exec| {
+        sys::nofile(64);
+        let used: Vec<_> = std::iter::from_fn(|| std::fs::File::open("/dev/null").ok()).collect();
+        exec();
+        if sys::errno() != libc::EMFILE {
+            return 126;
+        }
+        drop(used);
+        exec()
+    });
 }
 
 /// In the same process, by the number that programs are given.

@@ -391,7 +391,12 @@ hook! {
     fn sendmsg(fd: c_int, msg: *const msghdr, flags: c_int) -> ssize_t {
         let kernel = move || real!(sendmsg(fd => c_int, msg => *const msghdr, flags => c_int) -> ssize_t);
         let Some(e) = fd_table::stream(fd) else {
-            let Some(mut p) = super::fdops::leaving_with(msg) else { return kernel() };
+            let mut p = match super::fdops::leaving_with(msg) {
+                Ok(Some(p)) => p,
+                Ok(None) => return kernel(),
+                // Of the errors for want of something sendmsg(2) has this one.
+                Err(_) => return crate::hook::fail(libc::ENOMEM),
+            };
             // SAFETY: not null, or nothing would leave with it; the program's.
             let m = p.message(unsafe { &*msg });
             // It may block, with what the relays hold, and nothing is locked.
@@ -544,15 +549,25 @@ hook! {
         let there = crate::hook::plausible(v, n.min(1024) as usize * size_of::<MMsg>());
         if fd_table::stream(fd).is_none() || !there {
             let mut passing = Vec::new();
+            let mut n = n;
             for i in 0..if there { n.min(1024) as usize } else { 0 } {
                 // SAFETY: element of the program's array.
                 let hdr = unsafe { &raw mut (*v.add(i)).hdr };
-                if let Some(mut p) = super::fdops::leaving_with(hdr) {
-                    // SAFETY: as above.
-                    let program = unsafe { hdr.read() };
-                    // SAFETY: as above; put back below.
-                    unsafe { hdr.write(p.message(&program)) };
-                    passing.push((i, hdr, program, p));
+                match super::fdops::leaving_with(hdr) {
+                    Ok(Some(mut p)) => {
+                        // SAFETY: as above.
+                        let program = unsafe { hdr.read() };
+                        // SAFETY: as above; put back below.
+                        unsafe { hdr.write(p.message(&program)) };
+                        passing.push((i, hdr, program, p));
+                    }
+                    Ok(None) => {}
+                    // As `sendmsg`; those before it are sent.
+                    Err(_) if i == 0 => return crate::hook::fail(libc::ENOMEM),
+                    Err(_) => {
+                        n = i as u32;
+                        break;
+                    }
                 }
             }
             let held = section::open();

@@ -2,7 +2,7 @@
 
 use super::data::{alias, hook};
 use super::making::{made, made_from};
-use super::relay::{Begins, Relay, take_over};
+use super::relay::{Begins, NoRelay, Relay, take_over};
 use super::sockets::{back_to_tcp, hand_over, hand_over_here};
 use crate::fd_table::{self, Ref};
 use crate::hook::{errno, fail, given, plausible, set_errno};
@@ -230,26 +230,34 @@ impl Passing {
     }
 }
 
-/// The connection is about to be passed: the relay that the receiver is to have, if it takes one.
-fn passed(e: &Ref, fd: c_int) -> Option<(Relay, Fd)> {
-    let relay = |begins| (!e.has_heir()).then(|| Relay::new(e, fd, begins)).flatten();
+/// The connection is about to be passed: the relay that the receiver is to have, if it takes one and there can be one.
+/// Fails if there is none for want of memory or descriptors, and what is unread would be found by nobody.
+fn passed(e: &Ref, fd: c_int) -> Result<Option<(Relay, Fd)>, NoRelay> {
+    let relay = |begins| if e.has_heir() { Err(NoRelay::Never) } else { Relay::new(e, fd, begins) };
     if e.sock.strands(false) {
-        if let Some(r) = relay(Begins::AtItsWord) {
-            return Some(r);
+        if let Ok(r) = relay(Begins::AtItsWord) {
+            return Ok(Some(r));
         }
     } else if e.sock.strands(true) {
         // Armed before the peer is asked back: so it rings when it does that, in its next call.
         e.sock.on_bell(fd);
         e.sock.arm(libc::POLLIN as u32);
-        if let Some(r) = relay(Begins::with_the_peer(e)) {
+        if let Ok(r) = relay(Begins::with_the_peer(e)) {
             e.sock.set_handed();
             back_to_tcp(e, fd, Reason::FdPassed);
-            return Some(r);
+            return Ok(Some(r));
         }
     }
     hand_over(e, fd, Reason::FdPassed);
     // The peer may have ended its stream just before it was asked for the rest.
-    e.sock.strands(false).then(|| relay(Begins::AtItsWord)).flatten()
+    if !e.sock.strands(false) {
+        return Ok(None);
+    }
+    match relay(Begins::AtItsWord) {
+        Ok(r) => Ok(Some(r)),
+        Err(NoRelay::Never) => Ok(None),
+        refused => refused.map(Some),
+    }
 }
 
 /// The connections of ours that a message carries in its control data: each with the place of its number, which is in
@@ -292,11 +300,20 @@ fn each_carried(msg: *const msghdr, mut f: impl FnMut(&msghdr, &Ref, *mut c_int,
 
 /// A message leaves over a Unix socket: connections that travel in it are the receiver's as well. Of one with bytes that
 /// nobody would move into TCP for the receiver, it gets a [relay](super::relay)'s end: then what is to be sent is not
-/// the program's message.
-pub fn leaving_with(msg: *const msghdr) -> Option<Passing> {
+/// the program's message. Fails if there is none for
+/// want of memory or descriptors: nothing is to be sent then.
+pub fn leaving_with(msg: *const msghdr) -> Result<Option<Passing>, NoRelay> {
     let mut passing: Option<Passing> = None;
+    let mut refused = None;
     each_carried(msg, |m, e, at, fd| {
-        let Some(r) = passed(e, fd) else { return };
+        let r = match passed(e, fd) {
+            Ok(Some(r)) => r,
+            Ok(None) => return,
+            Err(why) => {
+                refused = Some(why);
+                return;
+            }
+        };
         let p = passing.get_or_insert_with(|| {
             // SAFETY: the program vouches for its control buffer.
             let all = unsafe { std::slice::from_raw_parts(m.msg_control.cast::<u8>(), m.msg_controllen) };
@@ -308,7 +325,11 @@ pub fn leaving_with(msg: *const msghdr) -> Option<Passing> {
         }
         p.relays.push(r);
     });
-    passing
+    let Some(why) = refused else { return Ok(passing) };
+    if let Some(p) = passing {
+        p.done(false);
+    }
+    Err(why)
 }
 
 /// As [`leaving_with`], of a message that the kernel sends as it is, some time.

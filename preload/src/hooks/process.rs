@@ -1,7 +1,7 @@
 //! fork, exec, and the end of the process.
 
 use super::data::{alias, hook};
-use super::relay::Relay;
+use super::relay::{NoRelay, Relay};
 use super::sockets::hand_over;
 use crate::fd_table::{self, Kind, Ref};
 use crate::real::real;
@@ -311,7 +311,11 @@ fn meant_by(actions: *const c_void, fd: c_int) -> bool {
 ///
 /// While the numbers name a relay's end other threads of a process that goes on wait before they use them; one that is
 /// in a call already is not to be waited for, and there is no relay then.
-fn before_spawn(actions: *const c_void, caller: Caller) -> Starting {
+///
+/// Fails with the kernel's error, as a program that can't be started for want of memory or of descriptors does, if that
+/// is why there is no relay and the program that is meant to have the bytes would never find them: its stream would be
+/// short by them, and nobody would be told. What has gone back to TCP stays there.
+fn before_spawn(actions: *const c_void, caller: Caller) -> Result<Starting, c_int> {
     let mut s = Starting { relays: Vec::new(), taken: Vec::new(), moves: None };
     crate::remote::withdraw(true);
     let inherited = |fd: &c_int| kept(*fd) || duplicated_by(actions, *fd);
@@ -327,16 +331,20 @@ fn before_spawn(actions: *const c_void, caller: Caller) -> Starting {
             Caller::GoesOn => meant_by(actions, *n),
         };
         let meant = numbers.iter().any(meant) || caller == Caller::Ends && e.sock.is_alone();
-        if meant && s.relays(&e, &numbers, caller) {
+        if meant && s.relays(&e, &numbers, caller) == Ok(true) {
             continue;
         }
         hand_over(&e, fd, Reason::Exec);
         // The peer may have ended its stream just before it was asked for the rest.
-        if meant {
-            s.relays(&e, &numbers, caller);
+        if meant
+            && let Err(NoRelay::Refused(why)) = s.relays(&e, &numbers, caller)
+            && e.sock.strands(false)
+        {
+            s.done(false);
+            return Err(why);
         }
     }
-    s
+    Ok(s)
 }
 
 /// Relays for a program that is about to be started.
@@ -353,10 +361,10 @@ impl Starting {
         self.relays.iter().any(|r| r.e.id() == e.id())
     }
 
-    /// A relay for `e`, if it takes one and there is one to be had.
-    fn relays(&mut self, e: &Ref, numbers: &[c_int], caller: Caller) -> bool {
+    /// A relay for `e`, if it takes one and there is one to be had. False: it takes none.
+    fn relays(&mut self, e: &Ref, numbers: &[c_int], caller: Caller) -> Result<bool, NoRelay> {
         if !e.sock.strands(true) {
-            return false;
+            return Ok(false);
         }
         let mut taken = None;
         if caller == Caller::GoesOn {
@@ -366,13 +374,12 @@ impl Starting {
             let moves = self.moves.as_ref();
             taken = numbers.first().and_then(|fd| moves?.take(e, *fd));
             if taken.is_none() {
-                return false;
+                return Err(NoRelay::Never);
             }
         }
-        let Some(r) = Relay::in_place(e, numbers) else { return false };
-        self.relays.push(r);
+        self.relays.push(Relay::in_place(e, numbers)?);
         self.taken.extend(taken);
-        true
+        Ok(true)
     }
 
     /// The program has been started, or not.
@@ -390,7 +397,10 @@ impl Starting {
 
 /// A posix_spawn.
 fn spawning(actions: *const c_void, real: impl FnOnce() -> c_int) -> c_int {
-    let starting = before_spawn(actions, Caller::GoesOn);
+    let starting = match before_spawn(actions, Caller::GoesOn) {
+        Ok(s) => s,
+        Err(e) => return e,
+    };
     // The new program gets the mask that this thread has: nothing may be deferred.
     let n = section::open();
     let r = real();
@@ -416,8 +426,8 @@ struct Leaving {
 /// The exec that is about to happen closes these connections, in this process: what the kernel closes
 /// without a word to us must not count as a holder, or a parent that has forked and exec'd something would
 /// never be alone with its connections again. Undone by [`exec_failed`].
-fn before_exec() -> Leaving {
-    let relays = before_spawn(ptr::null(), Caller::Ends).relays;
+fn before_exec() -> Result<Leaving, c_int> {
+    let relays = before_spawn(ptr::null(), Caller::Ends)?.relays;
     let mut gone = Vec::new();
     fd_table::each(Kind::Stream, |e| gone.push(e.clone()));
     for fd in fd_table::numbers() {
@@ -430,7 +440,7 @@ fn before_exec() -> Leaving {
     }
     gone.iter().for_each(|e| e.sock.exec_closes(fd_table::number_of(e.id(), -1).unwrap_or(-1)));
     crate::remote::drain();
-    Leaving { relays, gone }
+    Ok(Leaving { relays, gone })
 }
 
 /// The exec did not happen.
@@ -440,7 +450,10 @@ fn exec_failed(l: &mut Leaving) {
 }
 
 fn exec(real: impl FnOnce() -> c_int) -> c_int {
-    let mut leaving = before_exec();
+    let mut leaving = match before_exec() {
+        Ok(l) => l,
+        Err(e) => return crate::hook::fail(e),
+    };
     // The new program gets the mask that this one has: nothing may be deferred.
     let n = section::open();
     let r = real();
@@ -532,10 +545,18 @@ hook! {
     }
 }
 
+/// Before a program is started that inherits what there is, and is meant to read none of it.
+fn no_program_is_meant() {
+    // So there is no relay, and nothing to be refused.
+    if let Ok(s) = before_spawn(ptr::null(), Caller::GoesOn) {
+        s.done(true);
+    }
+}
+
 hook! {
     /// system(3).
     fn system(command: *const c_char) -> c_int {
-        before_spawn(ptr::null(), Caller::GoesOn).done(true);
+        no_program_is_meant();
         real!(system(command => *const c_char) -> c_int)
     }
 }
@@ -543,7 +564,7 @@ hook! {
 hook! {
     /// popen(3).
     fn popen(command: *const c_char, kind: *const c_char) -> *mut FILE {
-        before_spawn(ptr::null(), Caller::GoesOn).done(true);
+        no_program_is_meant();
         real!(popen(command => *const c_char, kind => *const c_char) -> *mut FILE)
     }
 }

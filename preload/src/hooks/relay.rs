@@ -58,6 +58,35 @@ fn read_so_far(e: &Ref) -> u64 {
     e.sock.slot().map_or(0, |s| s.shm_rx() + s.rx.tcp.load(Relaxed))
 }
 
+/// Why there is no relay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoRelay {
+    /// For this process, or this connection, there never is.
+    Never,
+    /// There is no memory, no descriptor or no process to be had; with an error that execve(2) may give as well.
+    Refused(c_int),
+}
+
+impl From<c_int> for NoRelay {
+    fn from(e: c_int) -> Self {
+        match e {
+            libc::ENOMEM | libc::EMFILE | libc::ENFILE | libc::EAGAIN => NoRelay::Refused(e),
+            libc::ENOBUFS => NoRelay::Refused(libc::ENOMEM),
+            _ => NoRelay::Never,
+        }
+    }
+}
+
+/// The same again, if a signal has interrupted it.
+fn uninterrupted(mut call: impl FnMut() -> Result<usize, c_int>) -> Result<usize, c_int> {
+    loop {
+        match call() {
+            Err(libc::EINTR) => {}
+            r => return r,
+        }
+    }
+}
+
 /// A relay that waits for its word, and what has been replaced for it.
 #[derive(Debug)]
 pub struct Relay {
@@ -73,10 +102,10 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Makes a relay for the connection `e`, which is `fd`; the program's end. `None`: there is none to be had (a
-    /// sandbox, a limit), and nothing has changed.
+    /// Makes a relay for the connection `e`, which is `fd`; the program's end. Fails where there is none to be had (a
+    /// sandbox, a limit), and nothing has changed then.
     #[cold]
-    pub fn new(e: &Ref, fd: c_int, begins: Begins) -> Option<(Relay, Fd)> {
+    pub fn new(e: &Ref, fd: c_int, begins: Begins) -> Result<(Relay, Fd), NoRelay> {
         // The first child in a pid namespace that has been made for children would be its init.
         let home = sys::pid_namespace();
         if direct::sandboxed()
@@ -84,23 +113,24 @@ impl Relay {
             || home == 0
             || home != sys::pid_namespace_of_children()
         {
-            return None;
+            return Err(NoRelay::Never);
         }
         let (end, own) = pair(e, fd)?;
         let word = word()?;
         let saved = high(sys::dup_high(fd))?;
         let token = spawn(e, &own, &saved, &word, begins)?;
-        Some((Relay { e: e.clone(), numbers: Vec::new(), saved, word, token }, end))
+        Ok((Relay { e: e.clone(), numbers: Vec::new(), saved, word, token }, end))
     }
 
     /// As above, and `numbers`, which name the connection, name the program's end.
-    pub fn in_place(e: &Ref, numbers: &[c_int]) -> Option<Relay> {
-        let (mut r, end) = Relay::new(e, *numbers.first()?, Begins::AtItsWord)?;
+    pub fn in_place(e: &Ref, numbers: &[c_int]) -> Result<Relay, NoRelay> {
+        let first = *numbers.first().ok_or(NoRelay::Never)?;
+        let (mut r, end) = Relay::new(e, first, Begins::AtItsWord)?;
         if numbers.iter().all(|n| r.replace(*n, &end)) {
-            return Some(r);
+            return Ok(r);
         }
         r.undo();
-        None
+        Err(NoRelay::Never)
     }
 
     /// The number `n` names the program's end.
@@ -171,7 +201,7 @@ pub fn take_over(e: &Ref, fd: c_int) -> bool {
     }
     // Without the relay, which is a holder as well.
     let alone = e.sock.is_alone();
-    let Some((mut relay, end)) = Relay::new(e, fd, Begins::AtItsWord) else { return false };
+    let Ok((mut relay, end)) = Relay::new(e, fd, Begins::AtItsWord) else { return false };
     let Some(seats) = super::epoll::leave(e, &taken, alone) else {
         relay.undo();
         return false;
@@ -189,12 +219,12 @@ pub fn take_over(e: &Ref, fd: c_int) -> bool {
 }
 
 /// An owned descriptor from a result of ours.
-fn high(fd: c_int) -> Option<Fd> {
+fn high(fd: c_int) -> Result<Fd, c_int> {
     if fd < 0 {
-        return None;
+        return Err(-fd);
     }
     internal_fds::add(fd);
-    Some(Fd::from_raw(fd))
+    Ok(Fd::from_raw(fd))
 }
 
 /// dup3(2) over a number of the program's.
@@ -235,13 +265,13 @@ fn await_lock(fd: c_int, part: Part) {
 }
 
 /// The file whose lock, which is this process's now, keeps a relay waiting.
-fn word() -> Option<Fd> {
+fn word() -> Result<Fd, c_int> {
     // SAFETY: a NUL-terminated constant.
-    let fd = unsafe { rawcall!(libc::SYS_memfd_create, c"smc-relay".as_ptr(), libc::MFD_CLOEXEC) }.ok()?;
+    let fd = unsafe { rawcall!(libc::SYS_memfd_create, c"smc-relay".as_ptr(), libc::MFD_CLOEXEC) }?;
     // Raised before it is locked: closing any descriptor of the file lets go of the lock.
-    let fd = Fd::from_raw(fd as c_int).raise(sys::fd_base()).ok()?;
-    lock(fd.raw(), libc::F_WRLCK, Part::All, false).ok()?;
-    Some(fd)
+    let fd = Fd::from_raw(fd as c_int).raise(sys::fd_base()).map_err(|_| libc::EMFILE)?;
+    lock(fd.raw(), libc::F_WRLCK, Part::All, false)?;
+    Ok(fd)
 }
 
 /// A socket address as the kernel takes it: 16 or 28 bytes.
@@ -257,22 +287,22 @@ fn address(family: u32, ip: [u32; 4], port: u16) -> ([u8; 28], usize) {
 }
 
 /// A TCP socket of ours, bound to that address of this host.
-fn bound(family: u32, ip: [u32; 4]) -> Option<Fd> {
+fn bound(family: u32, ip: [u32; 4]) -> Result<Fd, c_int> {
     let af = if family == 4 { libc::AF_INET } else { libc::AF_INET6 };
     let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     // SAFETY: no pointers.
-    let fd = unsafe { rawcall!(libc::SYS_socket, af, kind, 0) }.ok()?;
+    let fd = unsafe { rawcall!(libc::SYS_socket, af, kind, 0) }?;
     let fd = Fd::from_raw(fd as c_int);
     let (name, len) = address(family, ip, 0);
     // SAFETY: `name` has `len` bytes.
-    unsafe { rawcall!(libc::SYS_bind, fd.raw(), name.as_ptr(), len) }.ok()?;
-    Some(fd)
+    unsafe { rawcall!(libc::SYS_bind, fd.raw(), name.as_ptr(), len) }?;
+    Ok(fd)
 }
 
 /// Two ends of a connection: the program's, set as `fd` is, and the relay's.
-fn pair(e: &Ref, fd: c_int) -> Option<(Fd, Fd)> {
-    let (family, here, _) = sys::sockaddr(fd, false)?;
-    let (_, there, _) = sys::sockaddr(fd, true).or_else(|| e.sock.peer_address())?;
+fn pair(e: &Ref, fd: c_int) -> Result<(Fd, Fd), NoRelay> {
+    let (family, here, _) = sys::sockaddr(fd, false).ok_or(NoRelay::Never)?;
+    let (_, there, _) = sys::sockaddr(fd, true).or_else(|| e.sock.peer_address()).ok_or(NoRelay::Never)?;
     let (end, own) = connected(family, here, there)?;
     for (level, name, len) in [
         (libc::SOL_SOCKET, libc::SO_KEEPALIVE, 4),
@@ -290,37 +320,44 @@ fn pair(e: &Ref, fd: c_int) -> Option<(Fd, Fd)> {
     }
     let _ = sys::setsockopt(own.raw(), libc::IPPROTO_TCP, libc::TCP_NODELAY, &1i32.to_ne_bytes());
     // SAFETY: no pointers.
-    unsafe { rawcall!(libc::SYS_fcntl, end.raw(), libc::F_SETFL, sys::getfl(fd)) }.ok()?;
-    Some((end, own))
+    unsafe { rawcall!(libc::SYS_fcntl, end.raw(), libc::F_SETFL, sys::getfl(fd)) }?;
+    Ok((end, own))
 }
 
 /// A connection from `here` to `there`, both of this host.
-fn connected(family: u32, here: [u32; 4], there: [u32; 4]) -> Option<(Fd, Fd)> {
+fn connected(family: u32, here: [u32; 4], there: [u32; 4]) -> Result<(Fd, Fd), NoRelay> {
     let listener = bound(family, there)?;
     // SAFETY: no pointers.
-    unsafe { rawcall!(libc::SYS_listen, listener.raw(), 8) }.ok()?;
+    unsafe { rawcall!(libc::SYS_listen, listener.raw(), 8) }?;
     let end = bound(family, here)?;
-    let (_, ip, port) = sys::sockaddr(listener.raw(), false)?;
+    let (_, ip, port) = sys::sockaddr(listener.raw(), false).ok_or(NoRelay::Never)?;
     let (name, len) = address(family, ip, port);
     // SAFETY: `name` has `len` bytes.
     match unsafe { rawcall!(libc::SYS_connect, end.raw(), name.as_ptr(), len) } {
         Ok(_) | Err(libc::EINPROGRESS) => {}
-        Err(_) => return None,
+        Err(e) => return Err(e.into()),
     }
     // At once, on one host; unless a firewall is in the way.
-    let mut p = [pollfd { fd: end.raw(), events: libc::POLLOUT, revents: 0 }];
-    if sys::poll(&mut p, Some(1_000_000_000)) != 1 || p[0].revents != libc::POLLOUT {
-        return None;
+    let ready = |fd: &Fd, events: i16| {
+        let mut p = [pollfd { fd: fd.raw(), events, revents: 0 }];
+        let poll = || usize::try_from(sys::poll(&mut p, Some(1_000_000_000))).map_err(|_| libc::EINTR);
+        uninterrupted(poll) == Ok(1) && p[0].revents == events
+    };
+    if !ready(&end, libc::POLLOUT) {
+        return Err(NoRelay::Never);
     }
-    let me = sys::sockaddr(end.raw(), false)?;
+    let me = sys::sockaddr(end.raw(), false).ok_or(NoRelay::Never)?;
     let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     loop {
+        if !ready(&listener, libc::POLLIN) {
+            return Err(NoRelay::Never);
+        }
         // SAFETY: null pointers for what is not asked.
-        let fd = unsafe { rawcall!(libc::SYS_accept4, listener.raw(), 0, 0, flags) }.ok()?;
+        let fd = uninterrupted(|| unsafe { rawcall!(libc::SYS_accept4, listener.raw(), 0, 0, flags) })?;
         let own = Fd::from_raw(fd as c_int);
         // Anybody may connect; a stranger is not let in.
         if sys::sockaddr(own.raw(), true) == Some(me) {
-            return Some((end, own));
+            return Ok((end, own));
         }
     }
 }
@@ -351,7 +388,7 @@ fn end(status: c_int) -> ! {
 }
 
 /// Starts the relay, which waits; the token of its fork.
-fn spawn(e: &Ref, own: &Fd, saved: &Fd, word: &Fd, begins: Begins) -> Option<u32> {
+fn spawn(e: &Ref, own: &Fd, saved: &Fd, word: &Fd, begins: Begins) -> Result<u32, c_int> {
     let token = engine::arena::token();
     e.sock.before_fork(token);
     // No handler of the program's runs in the child.
@@ -372,10 +409,11 @@ fn spawn(e: &Ref, own: &Fd, saved: &Fd, word: &Fd, begins: Begins) -> Option<u32
         let _ = unsafe { rawcall!(libc::SYS_wait4, pid, &raw mut status, libc::__WCLONE, 0) };
     }
     mask(before);
-    if status != 0 {
-        e.sock.fork_failed(token);
+    if status == 0 {
+        return Ok(token);
     }
-    (status == 0).then_some(token)
+    e.sock.fork_failed(token);
+    Err(child.err().unwrap_or(libc::EAGAIN))
 }
 
 /// Closes all descriptors but these.
