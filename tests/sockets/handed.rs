@@ -29,6 +29,7 @@ pub const SCENARIOS: &[Scenario] = &[
     s!(stdio_of_this_program).procs(),
     s!(passed).procs(),
     s!(passed_by_several_messages).procs(),
+    s!(passed_without_descriptors).procs(),
     s!(passing_that_fails).procs(),
 ];
 
@@ -512,6 +513,32 @@ fn passed_by_several_messages(w: &World) {
         hears(w, &c);
         u.iter().for_each(|f| assert!(sys::close(*f).is_ok()));
     }
+}
+
+/// As `without_descriptors`, of a message.
+fn passed_without_descriptors(w: &World) {
+    let c = w.pair();
+    let u = sys::unix_pair(libc::SOCK_STREAM);
+    let pid = sys::fork(|| {
+        let fd = sys::recvmsg(u[1], &mut [&mut [0; 8]], 0).fds[0];
+        log!("child {}", text(fd));
+        0
+    });
+    w.far(&c, "say first second third\n");
+    c.arrived(19);
+    now(w, &c, "ended");
+    let most = sys::nofile_for_now(64);
+    let used: Vec<_> = std::iter::from_fn(|| std::fs::File::open("/dev/null").ok()).collect();
+    let mut sent = sys::sendmsg(u[0], &[b"take it"], 0, Some(c.fd));
+    drop(used);
+    sys::nofile_for_now(most);
+    if sent == Err(libc::ENOMEM) {
+        sent = sys::sendmsg(u[0], &[b"take it"], 0, Some(c.fd));
+    }
+    log!("{} {}", show(sent), show(sys::close(c.fd)));
+    log!("{}", sys::wait(pid));
+    hears(w, &c);
+    u.iter().for_each(|f| assert!(sys::close(*f).is_ok()));
 }
 
 /// Nobody has it but who had it.

@@ -481,6 +481,17 @@ pub fn nofile(n: u64) {
     assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &l) }, 0, "setrlimit");
 }
 
+/// Sets RLIMIT_NOFILE, soft only; what it was.
+pub fn nofile_for_now(n: u64) -> u64 {
+    let mut l = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: a live structure.
+    assert_eq!(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut l) }, 0, "getrlimit");
+    let was = std::mem::replace(&mut l.rlim_cur, n);
+    // SAFETY: a live structure.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &l) }, 0, "setrlimit");
+    was
+}
+
 pub fn pipe() -> [i32; 2] {
     let mut p = [0; 2];
     // SAFETY: room for two fds.
