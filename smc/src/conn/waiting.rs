@@ -45,6 +45,16 @@ pub(super) enum What {
     Tcp,
 }
 
+/// Whether the peer was last seen on this very CPU; says where we are. (The line stays in both CPUs' caches as long as
+/// neither end moves.)
+fn beside(m: &Mapped<'_>) -> bool {
+    let cpu = sys::cpu();
+    if m.me.hint.cpu.load(Relaxed) != cpu {
+        m.me.hint.cpu.store(cpu, Relaxed);
+    }
+    m.peer.hint.cpu.load(Relaxed) == cpu
+}
+
 impl What {
     fn bits(self) -> u32 {
         match self {
@@ -347,17 +357,28 @@ impl Socket {
 
     /// Looks for a while; true if it has come.
     fn spin(&self, s: &Slot, m: &Mapped<'_>, what: What) -> bool {
-        let cpu = sys::cpu();
-        m.me.hint.cpu.store(cpu, Relaxed);
-        let beside = m.peer.hint.cpu.load(Relaxed) == cpu;
+        let beside = beside(m);
         let Some(mut spin) = s.wait.habit.begin(beside, None) else {
             return self.ready(s, m, what);
         };
-        if matches!(what, What::Rx(_)) && self.is_fed(s) && !beside {
-            spin.gather();
+        let mut next = None;
+        if let What::Rx(_) = what
+            && !beside
+        {
+            if !self.is_fed(s) {
+                let at = ring::at(&m.peer.tx, s.rx.cons.load(Relaxed));
+                next = Some(m.rxbuf.span(at, 1).0);
+            } else {
+                spin.gather();
+            }
         }
         loop {
             for _ in 0..24 {
+                // The bytes come from the peer's CPU while the cursor does, and not after it. (Not if one message follows
+                // the other: that would take a line from the peer into which it writes more.)
+                if let Some(p) = next {
+                    sys::prefetch(p);
+                }
                 if self.ready(s, m, what) {
                     s.wait.polled.fetch_add(1, Relaxed);
                     spin.paid();
@@ -511,10 +532,7 @@ impl Socket {
 
     /// Whether the peer was last seen on this very CPU, so that polling can't pay; says where we are.
     pub fn beside_peer(&self) -> bool {
-        let Some(m) = self.mapped() else { return false };
-        let cpu = sys::cpu();
-        m.me.hint.cpu.store(cpu, Relaxed);
-        m.peer.hint.cpu.load(Relaxed) == cpu
+        self.mapped().is_some_and(|m| beside(&m))
     }
 
     /// Whether bytes that have left the ring still have to go by TCP, when it takes them.
