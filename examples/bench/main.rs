@@ -10,7 +10,8 @@
 //! bench crr ADDR SECONDS       a connection for each request: `rate N/S`
 //! bench many ADDR SECONDS N    N connections by epoll, a request under way on each: `rate N/S`
 //! bench threads ADDR SECONDS N     N threads, each as rr: `rate N/S`
-//! bench idle ADDR N PID        N connections, or as many as there can be, that are idle now: `bytes B ms MS idle N`
+//! bench idle ADDR N PID        N connections, or as many as there can be, that are idle now, and rr on one of them beside rr
+//!                              when there was none but it: `bytes B ms MS idle N times T`
 //! bench pipe SECONDS           a byte through a pipe and back out, one thread: `ns NS`
 //! bench alone WHAT N           both ends in one thread: see `alone`: `ns NS`
 //! bench line SECONDS, bench ring SECONDS SIZE      the limits of the machine: see `raw`
@@ -254,23 +255,21 @@ fn messages<S: Read>(
     Ok(n as f64 / start.elapsed().as_secs_f64())
 }
 
-fn stream(addr: &str, time: Duration, size: usize) -> io::Result<f64> {
+fn stream(s: &mut File, time: Duration, size: usize) -> io::Result<f64> {
     let block = vec![7u8; size];
     let shut = |s: &File| {
         // SAFETY: no pointers.
         let r = unsafe { libc::shutdown(s.as_raw_fd(), libc::SHUT_WR) };
         if r == 0 { Ok(()) } else { Err(Error::last_os_error()) }
     };
-    messages(&mut connect(addr)?, time, size, |s| s.write_all(&block), shut)
+    messages(s, time, size, |s| s.write_all(&block), shut)
 }
 
 fn streams(addr: &str, time: Duration, size: usize, n: usize) -> io::Result<f64> {
-    let all: Vec<_> = (0..n)
-        .map(|_| {
-            let addr = addr.to_owned();
-            thread::spawn(move || stream(&addr, time, size))
-        })
-        .collect();
+    // One after the other: all at once are more than wait to be accepted.
+    let all = (0..n).map(|_| connect(addr)).collect::<io::Result<Vec<_>>>()?;
+    let all: Vec<_> =
+        all.into_iter().map(|mut s| thread::spawn(move || stream(&mut s, time, size))).collect();
     let mut sum = 0.0;
     for t in all {
         sum += t.join().map_err(|_| bad("a thread panicked"))??;
@@ -416,11 +415,19 @@ fn cpu_time(pids: [u32; 2]) -> io::Result<u64> {
     Ok(sum)
 }
 
+fn median_of_rr(s: &mut File) -> io::Result<f64> {
+    let mut took = round_trips(s, Duration::from_millis(300))?;
+    took.sort_unstable();
+    took.get(took.len() / 2).map(|t| f64::from(*t)).ok_or_else(|| bad("no round trip"))
+}
+
 fn idle(addr: &str, n: usize, server: u32) -> io::Result<()> {
     let pids = [process::id(), server];
     drop(connections(addr, 4, 40)?);
     // Twice as many descriptors, and some room, must be had: near the limit nothing is upgraded.
     let n = n.min(descriptors().rlim_cur as usize / 5 * 2);
+    let mut one = connections(addr, 1, 40)?;
+    let alone = median_of_rr(&mut one[0])?;
     let before = memory(pids)?;
     let all = connections(addr, n, 40)?;
     let after = memory(pids)?;
@@ -429,11 +436,13 @@ fn idle(addr: &str, n: usize, server: u32) -> io::Result<()> {
     let cpu = cpu_time(pids)?;
     thread::sleep(Duration::from_secs(1));
     let cpu = cpu_time(pids)? - cpu;
+    let among = median_of_rr(&mut one[0])?;
     println!(
-        "bytes {} ms {:.3} idle {}",
+        "bytes {} ms {:.3} idle {} times {:.3}",
         after.saturating_sub(before) / n as u64,
         cpu as f64 / 1e6,
-        all.len()
+        all.len(),
+        among / alone
     );
     Ok(())
 }
@@ -554,7 +563,7 @@ fn run(args: &[&str]) -> io::Result<()> {
             print_latencies(round_trips(&mut connect(addr)?, seconds(s)?)?);
             Ok(())
         }
-        ["stream", addr, s, size] => stream(addr, seconds(s)?, number(size)?).map(print_rate),
+        ["stream", addr, s, size] => stream(&mut connect(addr)?, seconds(s)?, number(size)?).map(print_rate),
         ["streams", addr, s, size, n] => {
             streams(addr, seconds(s)?, number(size)?, number(n)?).map(print_rate)
         }

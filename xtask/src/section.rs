@@ -7,6 +7,12 @@ pub fn replaced(text: &str, begin: &str, end: &str, section: &str) -> Option<Str
     Some(format!("{before}{begin}\n{section}\n{end}{after}"))
 }
 
+/// The section between the marks.
+pub fn found<'a>(text: &'a str, begin: &str, end: &str) -> Option<&'a str> {
+    let (_, rest) = text.split_once(begin)?;
+    rest.split_once(end).map(|(section, _)| section)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -19,6 +25,7 @@ mod tests {
             replaced(&text, begin, end, "new").as_deref(),
             Some(&*format!("a\n{begin}\nnew\n{end}\nb\n"))
         );
+        assert_eq!(found(&text, begin, end), Some("\nold\n"));
         assert_eq!(replaced("no marks", begin, end, "new"), None);
     }
 }

@@ -214,7 +214,8 @@ pub const CASES: [Case; 20] = [
     },
 ];
 
-const IDLE: [(Measure, &[Goal]); 3] = [
+const IDLE: [(Measure, &[Goal]); 4] = [
+    (less("rr on one more, of that alone", "times"), &[Goal::Most(1.3)]),
     (less("memory of both, each", "bytes"), &[Goal::More(4096.0)]),
     (less("CPU in a second", "ms"), &[Goal::More(1.0)]),
     (more("connections", ""), &[]),
@@ -375,7 +376,8 @@ fn idle(round: &mut Round, n: &str) -> Result<Vec<f64>> {
     if round.mode == Libsmc && (upgraded(&round.dir) as f64) < connections {
         return Err("not all connections were upgraded".into());
     }
-    Ok(vec![number_after(&text, "bytes")?, number_after(&text, "ms")?, connections])
+    let rr = number_after(&text, "times")?;
+    Ok(vec![rr, number_after(&text, "bytes")?, number_after(&text, "ms")?, connections])
 }
 
 fn start(round: &mut Round) -> Result<Vec<f64>> {

@@ -32,6 +32,7 @@ fn asked(goal: Goal) -> String {
         Goal::Times(n) => format!("{}x", short(n)),
         Goal::Of(mode, than, n) => format!("{} {}x {}", mode.name(), short(n), than.name()),
         Goal::More(n) => format!("+{}", short(n)),
+        Goal::Most(n) => format!("at most {}", short(n)),
     }
 }
 
@@ -86,11 +87,39 @@ fn markdown(rows: &[Row]) -> String {
     out
 }
 
-/// Puts the table into docs/PERFORMANCE.md.
-pub fn update(rows: &[Row]) -> Result<()> {
+/// The lines of a table with those of `new` in place of the lines of the same cases, or at its end.
+fn merged(old: &str, new: &str) -> String {
+    let case = |line: &str| line.split('|').nth(1).unwrap_or("").trim().to_owned();
+    let body =
+        |table: &str| table.lines().filter(|l| l.starts_with("| ")).skip(2).map(str::to_owned).collect();
+    let (old, rows): (Vec<String>, Vec<String>) = (body(old), body(new));
+    let mut out: Vec<String> = new.lines().take(2).map(str::to_owned).collect();
+    for line in old.iter().chain(&rows) {
+        if rows.iter().any(|r| case(r) == case(line)) {
+            if !out.iter().any(|o| case(o) == case(line)) {
+                out.extend(rows.iter().filter(|r| case(r) == case(line)).cloned());
+            }
+        } else {
+            out.push(line.clone());
+        }
+    }
+    out.join("\n")
+}
+
+/// Puts the table into docs/PERFORMANCE.md; if `some` cases were chosen only, their rows.
+pub fn update(rows: &[Row], some: bool) -> Result<()> {
     let path = shell::root().join("docs/PERFORMANCE.md");
     let text = fs::read_to_string(&path)?;
-    let new = format!("{}; commit {}.\n\n{}", machine(), commit(), markdown(rows).trim_end());
+    let old = section::found(&text, BEGIN, END).ok_or("docs/PERFORMANCE.md has no measured section")?;
+    let table = markdown(rows);
+    let new = if some {
+        let head = old.trim_start().lines().next().unwrap_or("").trim_end_matches('.');
+        let mut cases: Vec<&str> = rows.iter().map(|r| r.case).collect();
+        cases.dedup();
+        format!("{head}; of {} {}.\n\n{}", cases.join(", "), commit(), merged(old, &table))
+    } else {
+        format!("{}; commit {}.\n\n{}", machine(), commit(), table.trim_end())
+    };
     let text =
         section::replaced(&text, BEGIN, END, &new).ok_or("docs/PERFORMANCE.md has no measured section")?;
     fs::write(&path, text)?;
@@ -155,6 +184,15 @@ pub fn json(rows: &[Row], quick: bool) -> String {
 mod tests {
     use super::*;
     use crate::rounds::Measure;
+
+    #[test]
+    fn some_cases_take_the_place_of_their_rows() {
+        let old = "| case | tcp |\n| --- | ---: |\n| a | 1 |\n| b x | 2 |\n| c | 3 |\n";
+        let new = "| case | tcp |\n| --- | ---: |\n| b x | 4 |\n| b x | 5 |\n| d | 6 |\n";
+        let want =
+            "| case | tcp |\n| --- | ---: |\n| a | 1 |\n| b x | 4 |\n| b x | 5 |\n| c | 3 |\n| d | 6 |";
+        assert_eq!(merged(old, new), want);
+    }
 
     #[test]
     fn what_is_no_number_is_null() {
