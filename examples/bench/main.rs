@@ -230,14 +230,15 @@ fn print_latencies(mut took: Vec<u32>) {
 }
 
 /// Messages of `size` bytes by `send` until the time is over, then the end by `shut`; the sink must have had them all. How
-/// many in a second.
+/// many. `before` bytes were sent already.
 fn messages<S: Read>(
     s: &mut S,
     time: Duration,
     size: usize,
+    before: u64,
     mut send: impl FnMut(&mut S) -> io::Result<()>,
     shut: impl FnOnce(&S) -> io::Result<()>,
-) -> io::Result<f64> {
+) -> io::Result<u64> {
     // Large ones are not so many that the clock is what is measured.
     let turn = if size < BUFFER { 64 } else { 1 };
     let start = Instant::now();
@@ -249,32 +250,48 @@ fn messages<S: Read>(
     shut(s)?;
     let mut got = [0; 8];
     s.read_exact(&mut got)?;
-    if u64::from_le_bytes(got) != n * size as u64 {
+    if u64::from_le_bytes(got) != before + n * size as u64 {
         return Err(bad("bytes are missing"));
     }
-    Ok(n as f64 / start.elapsed().as_secs_f64())
+    Ok(n)
 }
 
-fn stream(s: &mut File, time: Duration, size: usize) -> io::Result<f64> {
+/// How many in a second `count` counts.
+fn rate(count: impl FnOnce() -> io::Result<u64>) -> io::Result<f64> {
+    let start = Instant::now();
+    Ok(count()? as f64 / start.elapsed().as_secs_f64())
+}
+
+fn stream(s: &mut File, time: Duration, size: usize, before: u64) -> io::Result<u64> {
     let block = vec![7u8; size];
     let shut = |s: &File| {
         // SAFETY: no pointers.
         let r = unsafe { libc::shutdown(s.as_raw_fd(), libc::SHUT_WR) };
         if r == 0 { Ok(()) } else { Err(Error::last_os_error()) }
     };
-    messages(s, time, size, |s| s.write_all(&block), shut)
+    messages(s, time, size, before, |s| s.write_all(&block), shut)
 }
 
 fn streams(addr: &str, time: Duration, size: usize, n: usize) -> io::Result<f64> {
-    // One after the other: all at once are more than wait to be accepted.
-    let all = (0..n).map(|_| connect(addr)).collect::<io::Result<Vec<_>>>()?;
-    let all: Vec<_> =
-        all.into_iter().map(|mut s| thread::spawn(move || stream(&mut s, time, size))).collect();
-    let mut sum = 0.0;
-    for t in all {
-        sum += t.join().map_err(|_| bad("a thread panicked"))??;
+    const FIRST: usize = 8 << 10;
+    const TIMES: u64 = 16;
+    // One after the other: all at once are more than wait to be accepted. The switch to the ring is not what is measured.
+    let mut all = (0..n).map(|_| connect(addr)).collect::<io::Result<Vec<_>>>()?;
+    for _ in 0..TIMES {
+        all.iter_mut().try_for_each(|s| s.write_all(&[7; FIRST]))?;
+        thread::sleep(Duration::from_millis(5));
     }
-    Ok(sum)
+    let before = TIMES * FIRST as u64;
+    // Until the last one is done: those that begin late would count their own time only.
+    rate(|| {
+        let all: Vec<_> =
+            all.into_iter().map(|mut s| thread::spawn(move || stream(&mut s, time, size, before))).collect();
+        let mut sum = 0;
+        for t in all {
+            sum += t.join().map_err(|_| bad("a thread panicked"))??;
+        }
+        Ok(sum)
+    })
 }
 
 fn print_rate(rate: f64) {
@@ -563,7 +580,10 @@ fn run(args: &[&str]) -> io::Result<()> {
             print_latencies(round_trips(&mut connect(addr)?, seconds(s)?)?);
             Ok(())
         }
-        ["stream", addr, s, size] => stream(&mut connect(addr)?, seconds(s)?, number(size)?).map(print_rate),
+        ["stream", addr, s, size] => {
+            let (mut to, time, size) = (connect(addr)?, seconds(s)?, number(size)?);
+            rate(|| stream(&mut to, time, size, 0)).map(print_rate)
+        }
         ["streams", addr, s, size, n] => {
             streams(addr, seconds(s)?, number(size)?, number(n)?).map(print_rate)
         }

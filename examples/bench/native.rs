@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use smc::net::{Listener, Stream};
 
-use crate::{BUFFER, bad, echo, messages, round_trips, sink};
+use crate::{BUFFER, bad, echo, messages, rate, round_trips, sink};
 
 /// As [`sink`], without a copy: the bytes are looked at where they lie.
 fn sink_in_place(mut s: Stream) -> io::Result<()> {
@@ -53,7 +53,8 @@ pub fn rr(addr: &str, time: Duration) -> io::Result<Vec<u32>> {
 
 pub fn stream(addr: &str, time: Duration, size: usize) -> io::Result<f64> {
     let block = vec![7u8; size];
-    messages(&mut connect(addr)?, time, size, |s| s.write_all(&block), shut)
+    let mut s = connect(addr)?;
+    rate(|| messages(&mut s, time, size, 0, |s| s.write_all(&block), shut))
 }
 
 /// The bytes are made in the ring.
@@ -69,5 +70,6 @@ pub fn reserve(addr: &str, time: Duration, size: usize) -> io::Result<f64> {
         }
         Ok(())
     };
-    messages(&mut connect(addr)?, time, size, send, shut)
+    let mut s = connect(addr)?;
+    rate(|| messages(&mut s, time, size, 0, send, shut))
 }
