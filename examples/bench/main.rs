@@ -6,7 +6,7 @@
 //! bench stream ADDR SECONDS SIZE    writes of SIZE bytes to a sink: `rate MESSAGES/S`
 //! bench native …               `serve echo`, `serve sink`, `rr`, `stream` by `smc::net`, and `reserve`: `stream` in place
 //! bench streams ADDR SECONDS SIZE N      the same on N connections, a thread each: `rate MESSAGES/S`
-//! bench turns ADDR SECONDS SIZE N        N connections by epoll, SIZE bytes to and fro on each, with `serve whole`: `rate N/S`
+//! bench turns ADDR SECONDS SIZE N        as `many`, SIZE bytes to and fro, with `serve whole`: `rate N/S`
 //! bench crr ADDR SECONDS       a connection for each request: `rate N/S`
 //! bench many ADDR SECONDS N    N connections by epoll, a request under way on each: `rate N/S`
 //! bench threads ADDR SECONDS N     N threads, each as rr: `rate N/S`
@@ -326,40 +326,7 @@ fn connections(addr: &str, n: usize, warm: usize) -> io::Result<Vec<File>> {
     Ok(out)
 }
 
-fn many(addr: &str, time: Duration, n: usize) -> io::Result<()> {
-    let set = Epoll::new()?;
-    let mut streams: Vec<Option<File>> = Vec::new();
-    for s in connections(addr, n, 40)? {
-        set.add(s.as_raw_fd())?;
-        let at = s.as_raw_fd() as usize;
-        if streams.len() <= at {
-            streams.resize_with(at + 1, || None);
-        }
-        streams[at] = Some(s);
-    }
-    let mut b = [7; MESSAGE];
-    for s in streams.iter_mut().flatten() {
-        s.write_all(&b)?;
-    }
-    let (start, mut done, mut events) = (Instant::now(), 0u64, [NO_EVENT; 128]);
-    while start.elapsed() < time {
-        let ready = set.wait(&mut events, 5000);
-        if ready == 0 {
-            return Err(bad("no answer in 5 s"));
-        }
-        for e in &events[..ready] {
-            if let Some(s) = &mut streams[e.u64 as usize] {
-                s.read_exact(&mut b)?;
-                s.write_all(&b)?;
-                done += 1;
-            }
-        }
-    }
-    println!("rate {:.3}", done as f64 / start.elapsed().as_secs_f64());
-    Ok(())
-}
-
-/// The same with `size` bytes to and fro, and a server that answers when it has them all.
+/// `size` bytes to and fro on each of `n` connections, by epoll.
 fn turns(addr: &str, time: Duration, size: usize, n: usize) -> io::Result<f64> {
     let set = Epoll::new()?;
     let mut b = vec![7; size];
@@ -367,7 +334,7 @@ fn turns(addr: &str, time: Duration, size: usize, n: usize) -> io::Result<f64> {
     for _ in 0..n {
         let mut s = connect(addr)?;
         // The switch to the ring is not what is measured.
-        for _ in 0..if size < BUFFER { 20 } else { 2 } {
+        for _ in 0..if size < BUFFER { 40 } else { 2 } {
             s.write_all(&b)?;
             s.read_exact(&mut b)?;
         }
@@ -589,7 +556,7 @@ fn run(args: &[&str]) -> io::Result<()> {
         }
         ["turns", addr, s, size, n] => turns(addr, seconds(s)?, number(size)?, number(n)?).map(print_rate),
         ["crr", addr, s] => crr(addr, seconds(s)?),
-        ["many", addr, s, n] => many(addr, seconds(s)?, number(n)?),
+        ["many", addr, s, n] => turns(addr, seconds(s)?, MESSAGE, number(n)?).map(print_rate),
         ["threads", addr, s, n] => threads(addr, seconds(s)?, number(n)?),
         ["idle", addr, n, pid] => idle(addr, number(n)?, number(pid)? as u32),
         ["alone", what, n] => alone(what, number(n)? as u64),
