@@ -300,8 +300,7 @@ fn each_carried(msg: *const msghdr, mut f: impl FnMut(&msghdr, &Ref, *mut c_int,
 
 /// A message leaves over a Unix socket: connections that travel in it are the receiver's as well. Of one with bytes that
 /// nobody would move into TCP for the receiver, it gets a [relay](super::relay)'s end: then what is to be sent is not
-/// the program's message. Fails if there is none for
-/// want of memory or descriptors: nothing is to be sent then.
+/// the program's message. Fails if there is none for want of memory or descriptors: nothing is to be sent then.
 pub fn leaving_with(msg: *const msghdr) -> Result<Option<Passing>, NoRelay> {
     let mut passing: Option<Passing> = None;
     let mut refused = None;

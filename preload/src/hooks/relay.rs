@@ -72,6 +72,8 @@ impl From<c_int> for NoRelay {
         match e {
             libc::ENOMEM | libc::EMFILE | libc::ENFILE | libc::EAGAIN => NoRelay::Refused(e),
             libc::ENOBUFS => NoRelay::Refused(libc::ENOMEM),
+            // No port.
+            libc::EADDRINUSE => NoRelay::Refused(libc::EAGAIN),
             _ => NoRelay::Never,
         }
     }
@@ -338,20 +340,20 @@ fn connected(family: u32, here: [u32; 4], there: [u32; 4]) -> Result<(Fd, Fd), N
         Err(e) => return Err(e.into()),
     }
     // At once, on one host; unless a firewall is in the way.
+    let deadline = sys::now_ns() + 1_000_000_000;
     let ready = |fd: &Fd, events: i16| {
         let mut p = [pollfd { fd: fd.raw(), events, revents: 0 }];
-        let poll = || usize::try_from(sys::poll(&mut p, Some(1_000_000_000))).map_err(|_| libc::EINTR);
-        uninterrupted(poll) == Ok(1) && p[0].revents == events
+        let n = uninterrupted(|| {
+            let n = sys::poll(&mut p, Some(deadline.saturating_sub(sys::now_ns())));
+            usize::try_from(n).map_err(|_| -n as c_int)
+        })?;
+        if n == 1 && p[0].revents == events { Ok(()) } else { Err(NoRelay::Never) }
     };
-    if !ready(&end, libc::POLLOUT) {
-        return Err(NoRelay::Never);
-    }
+    ready(&end, libc::POLLOUT)?;
     let me = sys::sockaddr(end.raw(), false).ok_or(NoRelay::Never)?;
     let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     loop {
-        if !ready(&listener, libc::POLLIN) {
-            return Err(NoRelay::Never);
-        }
+        ready(&listener, libc::POLLIN)?;
         // SAFETY: null pointers for what is not asked.
         let fd = uninterrupted(|| unsafe { rawcall!(libc::SYS_accept4, listener.raw(), 0, 0, flags) })?;
         let own = Fd::from_raw(fd as c_int);
